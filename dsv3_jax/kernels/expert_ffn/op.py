@@ -1,0 +1,39 @@
+"""Public function of the expert FFN, and its reference."""
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.kernels.expert_ffn import xla
+
+
+def expert_ffn(
+  x_TD: jax.Array,
+  ids_TK: jax.Array,
+  weight_TK: jax.Array,
+  gate_EDF: jax.Array,
+  up_EDF: jax.Array,
+  down_EFD: jax.Array,
+  *,
+  implementation: str = 'xla',
+) -> jax.Array:
+  """y_t = sum_k weight_tk * down_i(silu(gate_i x_t) * up_i x_t) with i = ids_tk -> [T, D] in x's dtype.
+
+  `ids_TK`: int32 in 0..E-1; E itself means "not here" and contributes nothing. A token's ids differ.
+  Any load is served, from an expert without a token to one with all of them. Differentiable in x,
+  weight_TK and the three weights. `implementation`: 'xla' or 'reference'.
+  """
+  if implementation == 'reference':
+    return _reference(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD)
+  if implementation != 'xla':
+    raise ValueError(f"implementation = {implementation!r}: must be 'xla' or 'reference'")
+  return xla.expert_ffn(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD)
+
+
+def _reference(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD):
+  E = gate_EDF.shape[0]
+  chosen_TKE = jax.nn.one_hot(ids_TK, E, dtype=weight_TK.dtype)  # an id of E gives a row of zeros
+  weight_TE = jnp.einsum('TK,TKE->TE', weight_TK, chosen_TKE)
+  gate_TEF = jnp.einsum('TD,EDF->TEF', x_TD, gate_EDF)
+  up_TEF = jnp.einsum('TD,EDF->TEF', x_TD, up_EDF)
+  hidden_TEF = jax.nn.silu(gate_TEF) * up_TEF * weight_TE[:, :, None].astype(x_TD.dtype)
+  return jnp.einsum('TEF,EFD->TD', hidden_TEF, down_EFD)

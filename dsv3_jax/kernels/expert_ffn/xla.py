@@ -1,0 +1,181 @@
+"""Grouped SwiGLU in plain XLA: tokens sorted by expert, a loop over experts, a loop over blocks of rows.
+
+1. Sort the T*K (token, choice) pairs by expert: `starts_e`, `sizes_e` bound each expert's slots.
+2. For each expert take its weights once; for each block of its slots gather the rows, multiply, and
+   write the results at the slots. Large blocks first, small ones for the rest. The last one runs over
+   into the next expert's slots, which that expert then overwrites: no padding, no mask, and only as
+   many blocks run as there are tokens.
+3. Add up the K results of each token by a gather (XLA:CPU scatters row by row).
+
+The router's weight multiplies between SwiGLU and down-projection, as in DeepSeek's own trace, so the
+combine is a plain sum and the weight's gradient needs no expert output. The backward walks the same
+blocks from the saved gate and up products (`ffn_hidden` for remat policies) and adds up each expert's
+weight gradients, rows past its end masked out. Nothing is ever built per expert and token.
+
+Not used: `lax.ragged_dot`. On CPU it runs at 4 % of a plain dot with 16 groups, and its backward is a
+dense product per expert. Seen on two cores: blocks of 128 rows run at 60 % of a plain dot, of 512 rows
+at 88 %; the element-wise work outside the loops, on all slots at once, made a step 16 % slower, for
+blocks stay in cache and whole buffers do not.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax import compat
+
+_LARGE, _SMALL = 512, 128
+
+
+class _Groups:
+  """Slots sorted by expert; slots behind the last expert's hold choices of experts that are not here."""
+
+  def __init__(self, ids_TK: jax.Array, num_experts: int) -> None:
+    flat_S = ids_TK.reshape(-1)
+    order_S = jnp.argsort(flat_S, stable=True).astype(jnp.int32)
+    edges = jnp.searchsorted(flat_S[order_S], jnp.arange(num_experts + 1, dtype=ids_TK.dtype))
+    self.num_experts = num_experts
+    self.choices = ids_TK.size
+    # No more rows in a small block than there are choices: decode has few.
+    self.small = min(_SMALL, 1 << (self.choices - 1).bit_length())
+    self.slots = self.choices + self.small  # a last block may run over
+    self.starts_e = edges[:-1].astype(jnp.int32)
+    self.sizes_e = jnp.diff(edges).astype(jnp.int32)
+    self.pair_S = jnp.pad(order_S, (0, self.small))
+    self.token_S = self.pair_S // ids_TK.shape[1]
+    self.slot_TK = jnp.argsort(order_S).astype(jnp.int32).reshape(ids_TK.shape)
+
+  def walk(self, e, block, carry):
+    """carry = block(carry, slot, rows) over the slots of expert e."""
+    start, size = self.starts_e[e], self.sizes_e[e]
+    large = size // _LARGE if self.choices >= _LARGE else 0
+    if self.choices >= _LARGE:  # else no expert fills one, and slicing one out would not even trace
+      carry = lax.fori_loop(0, large, lambda i, x: block(x, start + i * _LARGE, _LARGE), carry)
+    rest = start + large * _LARGE
+    count = (size - large * _LARGE + self.small - 1) // self.small
+    return lax.fori_loop(0, count, lambda i, x: block(x, rest + i * self.small, self.small), carry)
+
+  def here(self, x_S: jax.Array) -> jax.Array:
+    """x with zeros in slots of no expert: nothing was written there, or another expert's overrun."""
+    count = self.starts_e[-1] + self.sizes_e[-1]
+    here_S = jnp.arange(self.slots, dtype=jnp.int32) < count
+    return jnp.where(here_S.reshape((-1,) + (1,) * (x_S.ndim - 1)), x_S, 0)
+
+  def sum_choices(self, rows_SD: jax.Array) -> jax.Array:
+    """Sum over each token's choices of the rows at their slots, in FP32 -> [T, D]."""
+    rows_SD = self.here(rows_SD)
+    total = rows_SD[self.slot_TK[:, 0]].astype(jnp.float32)
+    for k in range(1, self.slot_TK.shape[1]):
+      total += rows_SD[self.slot_TK[:, k]].astype(jnp.float32)
+    return total.astype(rows_SD.dtype)
+
+
+@jax.custom_vjp
+def expert_ffn(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD):
+  return _forward(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD)[0]
+
+
+def _forward(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD):
+  E, D, F = gate_EDF.shape
+  groups = _Groups(ids_TK, E)
+  weight_S = weight_TK.reshape(-1)[groups.pair_S].astype(x_TD.dtype)
+  like = (x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD)
+  empty = lambda *shape: compat.vary_like(lax.empty(shape, x_TD.dtype), *like)
+
+  def expert(e, carry):
+    into_DF = jnp.concatenate([_at(gate_EDF, e), _at(up_EDF, e)], axis=1)
+    down_FD = _at(down_EFD, e)
+
+    def block(carry, slot, rows):
+      y_SD, hidden_SF = carry
+      cut = lambda x: lax.dynamic_slice_in_dim(x, slot, rows)
+      hidden_bF = x_TD[cut(groups.token_S)] @ into_DF
+      act_bF = jax.nn.silu(hidden_bF[:, :F]) * hidden_bF[:, F:] * cut(weight_S)[:, None]
+      return _store(y_SD, act_bF @ down_FD, slot), _store(hidden_SF, hidden_bF, slot)
+
+    return groups.walk(e, block, carry)
+
+  y_SD, hidden_SF = lax.fori_loop(
+    0, E, expert, (empty(groups.slots, D), empty(groups.slots, 2 * F))
+  )
+  hidden_SF = checkpoint_name(hidden_SF, 'ffn_hidden')
+  return groups.sum_choices(y_SD), (*like, hidden_SF)
+
+
+def _backward(residuals, dy_TD):
+  x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD, hidden_SF = residuals
+  E, D, F = gate_EDF.shape
+  dtype = x_TD.dtype
+  groups = _Groups(ids_TK, E)
+  weight_S = weight_TK.reshape(-1)[groups.pair_S].astype(dtype)
+  empty = lambda *shape, dtype=dtype: compat.vary_like(lax.empty(shape, dtype), *residuals, dy_TD)
+  zeros = lambda *shape: compat.zeros_like_varying(shape, jnp.float32, *residuals, dy_TD)
+  dot = lambda a_bX, b_bY: jnp.einsum('bX,bY->XY', a_bX, b_bY, preferred_element_type=jnp.float32)
+
+  def expert(e, carry):
+    dx_SD, dweight_S, dgate_EDF, dup_EDF, ddown_EFD = carry
+    into_DF = jnp.concatenate([_at(gate_EDF, e), _at(up_EDF, e)], axis=1)
+    down_FD = _at(down_EFD, e)
+    end = groups.starts_e[e] + groups.sizes_e[e]
+
+    def block(carry, slot, rows):
+      dx_SD, dweight_S, dinto_DF, ddown_FD = carry
+      cut = lambda x: lax.dynamic_slice_in_dim(x, slot, rows)
+      token_b, weight_b1 = cut(groups.token_S), cut(weight_S)[:, None]
+      # Cut once, for real: fused into what follows, the slicing keeps XLA:CPU from vectorising it.
+      hidden_bF = lax.optimization_barrier(cut(hidden_SF))
+      x_bD, dy_bD = x_TD[token_b], dy_TD[token_b]
+      if (
+        rows == groups.small
+      ):  # only these run over, into slots that another expert owns or nobody wrote
+        mine_b1 = (slot + jnp.arange(rows, dtype=jnp.int32) < end)[:, None]
+        weight_b1, hidden_bF = jnp.where(mine_b1, weight_b1, 0), jnp.where(mine_b1, hidden_bF, 0)
+      dact_bF = jnp.einsum('bD,FD->bF', dy_bD, down_FD)
+      act_bF = jax.nn.silu(hidden_bF[:, :F]) * hidden_bF[:, F:]
+      dweight_b = jnp.sum((dact_bF * act_bF).astype(jnp.float32), axis=1)
+      dhidden_bF = _swiglu_gradient(hidden_bF, dact_bF * weight_b1)
+      return (
+        _store(dx_SD, jnp.einsum('bF,DF->bD', dhidden_bF, into_DF), slot),
+        _store(dweight_S, dweight_b, slot),
+        dinto_DF + dot(x_bD, dhidden_bF),
+        ddown_FD + dot(act_bF * weight_b1, dy_bD),
+      )
+
+    carry = (dx_SD, dweight_S, zeros(D, 2 * F), zeros(F, D))
+    dx_SD, dweight_S, dinto_DF, ddown_FD = groups.walk(e, block, carry)
+    put = lambda total, part: lax.dynamic_update_index_in_dim(total, part.astype(dtype), e, 0)
+    return (
+      dx_SD,
+      dweight_S,
+      put(dgate_EDF, dinto_DF[:, :F]),
+      put(dup_EDF, dinto_DF[:, F:]),
+      put(ddown_EFD, ddown_FD),
+    )
+
+  S = groups.slots
+  carry = (empty(S, D), empty(S, dtype=jnp.float32), empty(E, D, F), empty(E, D, F), empty(E, F, D))
+  dx_SD, dweight_S, dgate_EDF, dup_EDF, ddown_EFD = lax.fori_loop(0, E, expert, carry)
+  dweight_TK = groups.here(dweight_S)[groups.slot_TK].astype(weight_TK.dtype)
+  return groups.sum_choices(dx_SD), None, dweight_TK, dgate_EDF, dup_EDF, ddown_EFD
+
+
+expert_ffn.defvjp(_forward, _backward)
+
+
+def _swiglu_gradient(hidden_bF: jax.Array, dact_bf: jax.Array) -> jax.Array:
+  """Gradient of silu(gate) * up in [gate | up]; one loop, where two and a concatenation took longer."""
+  gate_b1f, up_b1f = jnp.split(hidden_bF[:, None, :], 2, axis=2)
+  sigmoid_b1f = jax.nn.sigmoid(gate_b1f)
+  silu_b1f = gate_b1f * sigmoid_b1f
+  first_121 = (jnp.arange(2) == 0)[None, :, None]
+  slope_b2f = jnp.where(first_121, up_b1f * (sigmoid_b1f + silu_b1f * (1 - sigmoid_b1f)), silu_b1f)
+  return (slope_b2f * dact_bf[:, None, :]).reshape(hidden_bF.shape)
+
+
+def _at(weight_EXY: jax.Array, e: jax.Array) -> jax.Array:
+  return lax.dynamic_index_in_dim(weight_EXY, e, keepdims=False)
+
+
+def _store(x: jax.Array, rows: jax.Array, slot: jax.Array) -> jax.Array:
+  return lax.dynamic_update_slice_in_dim(x, rows, slot, 0)

@@ -1,0 +1,110 @@
+"""Multi-head Latent Attention (2.1.1): expanded for training, absorbed for decode, from the same weights.
+
+Keys and values come from a latent c of `kv_rank` per token, plus one rotary key of `rope_dim` shared by
+all heads; those two are all that a cache keeps. Expanded, the latent is projected up to keys and values
+per head. Absorbed, the key projection moves into the query and the value projection behind the softmax:
+every head then reads the same latent, 576 values per token for V3.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from dsv3_jax import config
+from dsv3_jax.kernels.attention import causal_attention
+from dsv3_jax.model import rope
+from dsv3_jax.model.layers import normal, ones, rms_norm
+from dsv3_jax.precision import recipe
+
+
+class Mla(nnx.Module):
+  def __init__(self, c: config.Model, key: jax.Array) -> None:
+    m, std = c.mla, c.init_std
+    keys = jax.random.split(key, 7)
+    qk_dim = m.nope_dim + m.rope_dim
+    if m.q_rank:
+      self.q_down_DQ = normal(keys[0], (c.dim, m.q_rank), std)
+      self.q_norm_Q = ones(m.q_rank)
+      self.q_up_QNJ = normal(
+        keys[1], (m.q_rank, m.num_heads, qk_dim), std
+      )  # per head: nope, then rope
+    else:
+      self.q_DNJ = normal(keys[1], (c.dim, m.num_heads, qk_dim), std)
+    self.kv_down_DC = normal(keys[2], (c.dim, m.kv_rank), std)
+    self.kv_norm_C = ones(m.kv_rank)
+    self.k_rope_DR = normal(keys[3], (c.dim, m.rope_dim), std)
+    self.k_up_CNH = normal(keys[4], (m.kv_rank, m.num_heads, m.nope_dim), std)
+    self.v_up_CNV = normal(keys[5], (m.kv_rank, m.num_heads, m.v_dim), std)
+    self.out_NVD = normal(keys[6], (m.num_heads, m.v_dim, c.dim), std)
+
+  def __call__(self, c: config.Model, x_BLD: jax.Array) -> jax.Array:
+    """Expanded causal attention over whole sequences at positions 0..L-1 -> [B, L, D]."""
+    N, H = c.mla.num_heads, c.mla.nope_dim
+    positions_L = jnp.arange(x_BLD.shape[1], dtype=jnp.int32)
+    nope_BLNH, rope_BLNR = self._queries(c, x_BLD, positions_L[None])
+    latent_BLC, k_rope_BLR = self.latents(c, x_BLD, positions_L[None])
+    # One GEMM for keys and values: with few latent channels two narrow ones run slower.
+    kv_up_CNJ = jnp.concatenate([self.k_up_CNH[...], self.v_up_CNV[...]], axis=2)
+    kv_BLNJ = recipe.linear(latent_BLC, kv_up_CNJ)
+    k_rope_BLNR = jnp.broadcast_to(
+      k_rope_BLR[:, :, None], (*k_rope_BLR.shape[:2], N, c.mla.rope_dim)
+    )
+    out_BLNV = causal_attention(
+      jnp.concatenate([nope_BLNH, rope_BLNR], axis=3),
+      jnp.concatenate([kv_BLNJ[..., :H], k_rope_BLNR], axis=3),
+      kv_BLNJ[..., H:],
+      scale=rope.softmax_scale(c),
+      block=c.mla.block,
+    )
+    return recipe.linear(out_BLNV, self.out_NVD[...], contract=2)
+
+  def latents(
+    self, c: config.Model, x_BLD: jax.Array, positions_BL: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """What a cache keeps: the normed latent [B, L, C] and the rotated shared key [B, L, R]."""
+    latent_BLC = checkpoint_name(recipe.linear(x_BLD, self.kv_down_DC[...]), 'latent')
+    k_rope_BLR = checkpoint_name(recipe.linear(x_BLD, self.k_rope_DR[...]), 'latent')
+    k_rope_BLR = rope.rotate(k_rope_BLR, *rope.table(c, positions_BL))
+    return rms_norm(latent_BLC, self.kv_norm_C[...], c.norm_eps), k_rope_BLR
+
+  def absorbed(
+    self,
+    c: config.Model,
+    x_BLD: jax.Array,
+    latent_BMC: jax.Array,
+    k_rope_BMR: jax.Array,
+    positions_BL: jax.Array,
+  ) -> jax.Array:
+    """Attention of queries at `positions_BL` over a latent cache whose entry m holds position m.
+
+    Entries after a query's position are hidden, so a cache may be longer than what it holds. The cache
+    must already contain the queries' own positions.
+    """
+    nope_BLNH, rope_BLNR = self._queries(c, x_BLD, positions_BL)
+    dot = lambda spec, *xs: jnp.einsum(spec, *xs, preferred_element_type=jnp.float32)
+    weight = lambda w: w[...].astype(x_BLD.dtype)
+    query_BLNC = jnp.einsum('BLNH,CNH->BLNC', nope_BLNH, weight(self.k_up_CNH))
+    score_BNLM = dot('BLNC,BMC->BNLM', query_BLNC, latent_BMC)
+    score_BNLM += dot('BLNR,BMR->BNLM', rope_BLNR, k_rope_BMR)
+    entry_M = jnp.arange(latent_BMC.shape[1], dtype=jnp.int32)
+    seen_BLM = entry_M[None, None, :] <= positions_BL[:, :, None]
+    score_BNLM = jnp.where(seen_BLM[:, None], score_BNLM * rope.softmax_scale(c), -jnp.inf)
+    prob_BNLM = jax.nn.softmax(score_BNLM).astype(x_BLD.dtype)
+    out_BLNC = jnp.einsum('BNLM,BMC->BLNC', prob_BNLM, latent_BMC)
+    out_BLNV = jnp.einsum('BLNC,CNV->BLNV', out_BLNC, weight(self.v_up_CNV))
+    return recipe.linear(out_BLNV, self.out_NVD[...], contract=2)
+
+  def _queries(
+    self, c: config.Model, x_BLD: jax.Array, positions_BL: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """[B, L, N, H] without position and [B, L, N, R] rotated."""
+    if c.mla.q_rank:
+      latent_BLQ = checkpoint_name(recipe.linear(x_BLD, self.q_down_DQ[...]), 'latent')
+      latent_BLQ = rms_norm(latent_BLQ, self.q_norm_Q[...], c.norm_eps)
+      q_BLNJ = recipe.linear(latent_BLQ, self.q_up_QNJ[...])
+    else:
+      q_BLNJ = recipe.linear(x_BLD, self.q_DNJ[...])
+    cos_BLR, sin_BLR = rope.table(c, positions_BL)
+    H = c.mla.nope_dim
+    return q_BLNJ[..., :H], rope.rotate(q_BLNJ[..., H:], cos_BLR[:, :, None], sin_BLR[:, :, None])

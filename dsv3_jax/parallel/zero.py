@@ -1,0 +1,83 @@
+"""ZeRO: state split over the devices that would hold copies of it.
+
+The FP32 weights, both moments and the average of the weights are stored split (`Placement.zero_dim`
+over `zero_axes`). What differs is when weights become whole:
+- ZeRO-1: once a step, before the micro-batches; gradients are reduce-scattered once, at the end.
+- ZeRO-3: layer by layer, inside the layer's remat region; the gather's transpose is the reduce-scatter.
+
+Gathers move the compute dtype, not FP32. Bytes received per device and gather of a weight of n elements
+split w ways: n (w-1)/w times the size of that dtype.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dsv3_jax import compat
+from dsv3_jax.mesh import TOKENS, Placement, path_names
+
+# Kept in FP32: the router decides near ties, the embedding's gradient adds up many rows.
+_NOT_CAST = ('router_DE', 'embed_VD')
+
+Placements = dict[tuple[str, ...], Placement]
+
+
+def by_path(placements: Any) -> Placements:
+  """{names of the path: Placement} of a tree of placements."""
+  leaves = jax.tree_util.tree_leaves_with_path(
+    placements, is_leaf=lambda x: isinstance(x, Placement)
+  )
+  return {path_names(path): leaf for path, leaf in leaves}
+
+
+def gather(
+  tree: Any,
+  placements: Placements,
+  dtype: jnp.dtype,
+  *,
+  prefix: tuple[str, ...] = (),
+  stacked: int = 0,
+) -> Any:
+  """Makes every split weight below `prefix` whole, in `dtype`.
+
+  `stacked` leading dimensions of the stored weight are gone from `tree` already (a scan walks them).
+  """
+
+  def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+    names = prefix + path_names(path)
+    at = placements.get(names)
+    if at is None or at.zero_dim is None:
+      return x
+    if names[-1] not in _NOT_CAST:
+      x = x.astype(dtype)
+    # [.., n/w, ..] on each of zero_axes -> [.., n, ..], the same everywhere, typed as varying.
+    return lax.all_gather(x, at.zero_axes, axis=at.zero_dim - stacked, tiled=True)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def reduce(grads: Any, placements: Placements, *, scattered: bool) -> Any:
+  """Sums gradients over the copies of each weight, leaving each device its own part of a split one.
+
+  `scattered`: split weights' gradients were summed and scattered over `zero_axes` already (ZeRO-3).
+  """
+
+  def one(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
+    at = placements[path_names(path)]
+    g = lax.psum(g, tuple(a for a in at.copies if a not in at.zero_axes))
+    if at.zero_dim is None or scattered:
+      return g
+    return lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
+
+  return jax.tree_util.tree_map_with_path(one, grads)
+
+
+def global_norm(tree: Any) -> jax.Array:
+  """L2 norm over all elements of a tree of device-local parts; one psum per kind of split."""
+  squares: dict[tuple[str, ...], jax.Array] = {}
+  for x in jax.tree.leaves(tree):
+    axes = tuple(a for a in TOKENS if a in compat.varying_axes(x))
+    squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(x.astype(jnp.float32)))
+  return jnp.sqrt(sum(lax.psum(s, axes) if axes else s for axes, s in squares.items()))

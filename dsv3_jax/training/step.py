@@ -1,0 +1,146 @@
+"""One optimizer step: a single shard_map over the whole mesh, fully manual, replication checked.
+
+What one device does, top to bottom:
+1. ZeRO-1: gather the split weights (all_gather over `zero_axes`).
+2. Cast weights to varying, so that no gradient is summed before all micro-batches are done.
+3. For each micro-batch: loss and gradients of this device's rows; add up in FP32.
+4. Sum gradients over the copies of each weight (psum; reduce-scatter where it is split), counts and
+   losses over all token axes (psum).
+5. Clip by the global norm, AdamW on this device's part, average of weights, router biases by sign.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax import config
+from dsv3_jax.compat import vary
+from dsv3_jax.mesh import TOKENS
+from dsv3_jax.parallel import zero
+from dsv3_jax.precision import recipe
+from dsv3_jax.training import balance, optimizer, schedule
+from dsv3_jax.training.objective import Terms, objective
+from dsv3_jax.training.state import Layout, State, layout
+
+# Stacks whose layers ZeRO-3 gathers one at a time; the rest is gathered once a micro-batch.
+_STACKS = ('dense_layers', 'moe_layers', 'mtp')
+
+Step = Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
+
+
+def make_step(c: config.Config, device_mesh: jax.sharding.Mesh) -> Step:
+  """Jitted (state, tokens_ABX, count) -> (state, metrics); the state is donated.
+
+  `tokens_ABX`: int32 [micro-batches, micro_size, seq_len + 1], rows split over the token axes; the
+  first `count` micro-batches count, so the ramp of the batch size needs one compilation. metrics:
+  float32 scalars loss, ce, mtp (mean over depths), balance, grad_norm, lr, and load [layers, experts].
+  """
+  at = layout(c)
+  specs = at.specs(c)
+  rows = P(None, TOKENS, None)
+  step = jax.shard_map(
+    lambda state, tokens_AbX, count: _device_step(c, at, state, tokens_AbX, count),
+    mesh=device_mesh,
+    in_specs=(specs, rows, P()),
+    out_specs=(specs, P()),
+  )
+  return jax.jit(step, donate_argnums=0)
+
+
+def make_gradients(c: config.Config, device_mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+  """Jitted (state, tokens_ABX, count) -> (loss, gradients), split like the weights; nothing updated."""
+  at = layout(c)
+  specs = at.specs(c)
+
+  def run(state: State, tokens_AbX: jax.Array, count: jax.Array) -> Any:
+    loss, _, grads = _gradients(c, at, state, tokens_AbX, count)
+    return loss, grads
+
+  in_specs = (specs, P(None, TOKENS, None), P())
+  return jax.jit(
+    jax.shard_map(run, mesh=device_mesh, in_specs=in_specs, out_specs=(P(), specs['params']))
+  )
+
+
+def _device_step(
+  c: config.Config, at: Layout, state: State, tokens_AbX: jax.Array, count: jax.Array
+) -> tuple[State, dict[str, jax.Array]]:
+  loss, terms, grads = _gradients(c, at, state, tokens_AbX, count)
+  tokens = _tokens(c, state)
+  # ---- update ------------------------------------------------------------------------------------
+  norm = zero.global_norm(grads)
+  rate = schedule.learning_rate(c.optimizer, state['step'], tokens)
+  grads = optimizer.clip(c.optimizer, grads, norm)
+  params, opt = optimizer.update(
+    c.optimizer, grads, state['opt'], state['params'], state['step'], rate
+  )
+  speed = schedule.bias_speed(c.objective, tokens)
+  new = {
+    'step': state['step'] + 1,
+    'sequences': state['sequences'] + (count * c.batch.micro_size).astype(jnp.uint32),
+    'params': params,
+    'router_bias': balance.update_bias(state['router_bias'], terms.counts, speed),
+    'opt': opt,
+  }
+  if 'ema' in state:
+    decay = c.optimizer.ema_decay
+    new['ema'] = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state['ema'], params)
+  # ---- metrics -----------------------------------------------------------------------------------
+  metrics = {'loss': loss, 'ce': terms.ce, 'balance': terms.balance, 'grad_norm': norm, 'lr': rate}
+  metrics['load'] = balance.relative_load(terms.counts)
+  if c.model.mtp_depth:
+    metrics['mtp'] = jnp.mean(terms.mtp_K)
+  return new, metrics
+
+
+def _gradients(
+  c: config.Config, at: Layout, state: State, tokens_AbX: jax.Array, count: jax.Array
+) -> tuple[jax.Array, Terms, Any]:
+  """Loss and terms of the global batch, the same on all devices, and this device's part of the gradient."""
+  placements = zero.by_path(at.placements)
+  dtype = recipe.compute_dtype(c.model.precision)
+  by_layer = c.mesh.zero == 3
+  sequences = count * c.batch.micro_size
+  mtp_weight = schedule.mtp_weight(c.objective, _tokens(c, state))
+
+  def unshard(name: str, module: Any) -> Any:
+    return zero.gather(module, placements, dtype, prefix=(name,), stacked=1) if by_layer else module
+
+  def loss_fn(params: Any, tokens_bX: jax.Array) -> tuple[jax.Array, Terms]:
+    if by_layer:
+      rest = {k: v for k, v in params.items() if k not in _STACKS}
+      params = params | zero.gather(rest, placements, dtype)
+    model = at.module(params, state['router_bias'])
+    return objective(c, model, tokens_bX, mtp_weight, sequences, unshard=unshard)
+
+  # ---- weights -----------------------------------------------------------------------------------
+  params = state['params'] if by_layer else zero.gather(state['params'], placements, dtype)
+  params = vary(params, TOKENS)
+  # ---- micro-batches -----------------------------------------------------------------------------
+  micro = jax.value_and_grad(loss_fn, has_aux=True)
+  fp32 = lambda tree: jax.tree.map(lambda g: g.astype(jnp.float32), tree)
+
+  def run(tokens_bX: jax.Array) -> Any:
+    (loss, terms), grads = micro(params, tokens_bX)
+    return loss, terms, fp32(grads)
+
+  A = tokens_AbX.shape[0]
+  if A == 1:
+    loss, terms, grads = run(tokens_AbX[0])
+  else:
+    shapes = jax.eval_shape(run, tokens_AbX[0])
+    zeros = vary(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), TOKENS)
+    ramps = c.batch.start_size != c.batch.size
+    add = lambda a, total: jax.tree.map(jnp.add, total, vary(run(tokens_AbX[a]), TOKENS))
+    loss, terms, grads = lax.fori_loop(0, count if ramps else A, add, zeros)
+  # ---- sums over devices -------------------------------------------------------------------------
+  loss, terms = lax.psum((loss, terms), TOKENS)
+  return loss, terms, zero.reduce(grads, placements, scattered=by_layer)
+
+
+def _tokens(c: config.Config, state: State) -> jax.Array:
+  return state['sequences'].astype(jnp.float32) * c.batch.seq_len

@@ -1,0 +1,383 @@
+"""What a config refuses, and how it says so; that nothing in it is parsed and ignored."""
+
+import ast
+import dataclasses
+import functools
+import json
+import pathlib
+
+import ml_collections
+import pytest
+from ml_collections import config_dict
+
+from dsv3_jax import config
+from dsv3_jax.config import ConfigError
+
+PACKAGE = pathlib.Path(config.__file__).parent
+
+
+def small():
+  return config.debug(config.default())
+
+
+def changed(key, value):
+  """A small config with one value set behind the back of the ConfigDict's own type check."""
+  c = small()
+  *groups, name = key.split('.')
+  inner = c
+  for group in groups:
+    inner = inner[group]
+  with c.unlocked(), c.ignore_type():
+    inner[name] = value
+  return c
+
+
+def message(c):
+  with pytest.raises(ConfigError) as caught:
+    config.freeze(c)
+  return str(caught.value)
+
+
+# ---- there and back ------------------------------------------------------------------------------
+
+
+def test_default_freezes_to_the_dataclasses_of_the_report():
+  assert config.freeze(config.default()) == config.Config()
+
+
+def test_json_gives_the_same_config_back():
+  c = config.freeze(small())
+  assert config.from_json(config.to_json(c)) == c != config.Config()
+
+
+def test_freeze_is_hashable_and_equal_for_equal_values():
+  assert hash(config.freeze(small())) == hash(config.freeze(small()))
+  assert hash(config.freeze(small())) != hash(config.freeze(config.default()))
+
+
+def test_freeze_is_independent_of_later_changes_to_the_config_dict():
+  c = small()
+  frozen = config.freeze(c)
+  before = config.to_json(frozen)
+  c.model.moe.top_k = 1
+  c.model.num_layers = 7
+  assert config.to_json(frozen) == before
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    frozen.model.num_layers = 7
+
+
+def test_differences_name_each_leaf_that_differs():
+  a, b = config.freeze(small()), config.freeze(changed('model.moe.top_k', 1))
+  assert config.differences(a, b) == ['model.moe.top_k: 2 -> 1']
+  assert config.differences(a, a) == []
+
+
+def test_whole_numbers_become_floats_where_floats_are_wanted():
+  assert config.freeze(changed('run.total_tokens', 640)).run.total_tokens == 640.0
+
+
+# ---- debug and variant ---------------------------------------------------------------------------
+
+
+def test_debug_of_debug_changes_nothing():
+  assert config.freeze(config.debug(small())) == config.freeze(small())
+
+
+def test_debug_keeps_the_kind_of_the_model():
+  c = config.default()
+  c.model.mla.q_rank = 0
+  c.model.moe.update(num_groups=1, top_groups=1, scoring='softmax', normalize=False, num_shared=2)
+  c.model.update(mtp_depth=2, num_dense_layers=0, max_length=131_072)
+  m = config.freeze(config.debug(c)).model
+  assert m.mla.q_rank == 0 and m.mtp_depth == 2 and m.num_dense_layers == 0
+  assert m.moe.num_groups == 1 and m.moe.num_shared == 2 and m.moe.scoring == 'softmax'
+  assert m.max_length > m.rope.original_length  # YaRN stays on
+  assert (
+    config.freeze(small()).model.max_length == config.freeze(small()).model.rope.original_length
+  )
+
+
+def test_variant_gives_the_config_its_debug_form_or_an_error_with_the_known_ones():
+  assert config.freeze(config.variant(config.default(), '')) == config.Config()
+  assert config.freeze(config.variant(config.default(), 'debug')) == config.freeze(small())
+  with pytest.raises(ConfigError, match=r"^unknown argument 'big'; the only one known is 'debug'$"):
+    config.variant(config.default(), 'big')
+
+
+# ---- keys ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('key', 'meant'),
+  [
+    ('model.numlayers', 'model.num_layers'),
+    ('model.moe.num_expert', 'model.moe.num_experts'),
+    ('batchsize', 'batch.size'),
+    ('model.num_experts', 'model.moe.num_experts'),
+    ('optimizer.bias_speed', 'objective.bias_speed'),
+    ('modle.dim', 'model.dim'),
+    ('modle', 'model'),
+  ],
+)
+def test_an_unknown_key_is_named_with_the_one_that_is_meant(key, meant):
+  with pytest.raises(ConfigError) as caught:
+    config.check_key(key, f'{key} = 1')
+  assert str(caught.value) == f'{key} = 1: no such key; did you mean {meant}?'
+
+
+def test_an_unknown_key_like_no_other_gets_the_known_ones():
+  with pytest.raises(ConfigError) as caught:
+    config.check_key('mesh.xyzzy', 'mesh.xyzzy = 1')
+  known = 'data, local, node, pipe, zero'
+  assert str(caught.value) == f'mesh.xyzzy = 1: no such key; known here: {known}'
+
+
+def test_freeze_refuses_an_unknown_key():
+  assert message(changed('model.moe.topk', 3)) == (
+    'model.moe.topk = 3: no such key; did you mean model.moe.top_k?'
+  )
+
+
+def test_a_group_is_no_value_and_a_value_no_group():
+  with pytest.raises(
+    ConfigError, match=r'^batch: a group of keys; set one of them, such as batch.'
+  ):
+    config.check_key('batch', 'batch')
+  assert message(changed('mesh', 8)) == (
+    'mesh = 8: must be a group of keys: pipe, data, node, local, zero'
+  )
+  told = message(changed('batch.size', ml_collections.ConfigDict({'a': 1})))
+  assert told.startswith('batch.size = ') and 'must be a whole number, not ConfigDict' in told
+
+
+def test_json_that_is_no_object_is_refused():
+  with pytest.raises(ConfigError, match='not a JSON object'):
+    config.from_json('[1]')
+
+
+# ---- types and ranges ----------------------------------------------------------------------------
+
+FLAT = config.flatten(config.freeze(small()))
+KEYS = {kind: [k for k, v in FLAT.items() if type(v) is kind] for kind in (int, float, str, bool)}
+
+
+@pytest.mark.parametrize('key', FLAT)
+def test_a_value_of_another_type_is_refused_by_its_key(key):
+  wrong = 3 if type(FLAT[key]) in (str, bool) else 'abc'
+  told = message(changed(key, wrong))
+  assert told.startswith(f'{key} = {wrong!r}: must be ') and f'not {type(wrong).__name__}' in told
+
+
+@pytest.mark.parametrize('key', KEYS[int])
+def test_a_fraction_is_refused_where_a_whole_number_is_wanted(key):
+  assert message(changed(key, 1.5)) == f'{key} = 1.5: must be a whole number, not float'
+
+
+@pytest.mark.parametrize('key', KEYS[int] + KEYS[float])
+def test_a_truth_value_is_no_number(key):
+  values = json.loads(config.to_json(config.freeze(small())))
+  *groups, name = key.split('.')
+  functools.reduce(dict.__getitem__, groups, values)[name] = True
+  with pytest.raises(ConfigError) as caught:
+    config.from_json(json.dumps(values))
+  assert str(caught.value).startswith(f'{key} = True: must be a')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
+@pytest.mark.parametrize('key', KEYS[float])
+def test_numbers_that_are_not_finite_are_refused(key, value):
+  assert message(changed(key, value)) == f'{key} = {value}: must be a finite number'
+
+
+@pytest.mark.parametrize('key', [k for k in KEYS[int] + KEYS[float] if k != 'mesh.zero'])
+def test_negative_numbers_are_refused(key):
+  told = message(changed(key, type(FLAT[key])(-1)))
+  assert told.startswith(f'{key} = -1') and told.count('\n') == 0
+  assert told.endswith(': must be positive') or told.endswith(': must not be negative')
+
+
+@pytest.mark.parametrize('key', KEYS[str])
+def test_an_empty_string_is_refused_unless_it_has_a_meaning(key):
+  if key in ('data.tokenizer', 'data.cache_dir', 'run.prompt'):
+    config.freeze(changed(key, ''))
+  else:
+    assert message(changed(key, '')).startswith(f"{key} = '': must ")
+
+
+def test_a_required_value_that_was_not_given_is_named():
+  c = small().unlock()  # a locked ConfigDict cannot hold one
+  with c.ignore_type():
+    c.batch.size = config_dict.required_placeholder(int)
+  assert message(c) == 'batch.size: has no value, and the config file requires one'
+
+
+def test_a_placeholder_that_was_filled_counts_as_its_value():
+  c = small().unlock()
+  with c.ignore_type():
+    c.batch.size = config_dict.required_placeholder(int)
+    c.batch.size = 16
+  assert config.freeze(c).batch.size == 16
+
+
+# ---- what does not go together -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ('changes', 'told'),
+  [
+    ({'model.precision': 'fp16'}, "model.precision = 'fp16': must be one of 'bf16', 'fp32'"),
+    ({'model.remat': 'all'}, "model.remat = 'all': must be one of 'none', 'block', 'latents'"),
+    ({'model.moe.scoring': 'top'}, "model.moe.scoring = 'top': must be one of"),
+    ({'model.moe.dispatch': 'flat'}, "model.moe.dispatch = 'flat': must be one of"),
+    ({'optimizer.moments': 'fp8'}, "optimizer.moments = 'fp8': must be one of 'bf16', 'fp32'"),
+    ({'mesh.zero': 2}, 'mesh.zero = 2: must be one of 0, 1, 3'),
+    ({'mesh.zero': -1}, 'mesh.zero = -1: must be one of 0, 1, 3'),
+    ({'optimizer.beta1': 1.0}, 'optimizer.beta1 = 1.0: must be below 1'),
+    ({'optimizer.beta2': 1.0}, 'optimizer.beta2 = 1.0: must be below 1'),
+    ({'optimizer.ema_decay': 1.0}, 'optimizer.ema_decay = 1.0: must be below 1'),
+    ({'data.heldout': 1.0}, 'data.heldout = 1.0: must be below 1'),
+    ({'data.fim_rate': 1.1}, 'data.fim_rate = 1.1: must be at most 1'),
+    ({'run.seed': 2**32}, 'run.seed = 4294967296: must be below 2**32'),
+    ({'model.num_dense_layers': 3}, 'must be below model.num_layers = 3'),
+    ({'model.mla.rope_dim': 5}, 'model.mla.rope_dim = 5: must be even'),
+    ({'model.rope.theta': 1.0}, 'model.rope.theta = 1.0: must be above 1'),
+    ({'model.rope.factor': 0.5}, 'model.rope.factor = 0.5: must be at least 1'),
+    ({'model.rope.beta_fast': 1.0}, 'must be above model.rope.beta_slow = 1.0'),
+    ({'model.moe.num_experts': 10}, 'must be a multiple of model.moe.num_groups = 4'),
+    ({'model.moe.top_groups': 5}, 'must be at most model.moe.num_groups = 4'),
+    ({'model.moe.top_k': 5}, 'model.moe.top_k = 5: must be at most 4: so many experts are in'),
+    ({'model.moe.num_groups': 8}, 'model.moe.num_groups = 8: must be at most 4, two experts'),
+    ({'batch.seq_len': 65}, 'batch.seq_len = 65: must be at most model.max_length = 64'),
+    ({'model.mtp_depth': 32}, 'model.mtp_depth = 32: must be below batch.seq_len = 32'),
+    ({'batch.size': 12}, 'batch.size = 12: must be a multiple of batch.micro_size = 8'),
+    ({'batch.start_size': 16}, 'batch.start_size = 16: must be at most batch.size = 8'),
+    ({'batch.start_size': 4}, 'batch.start_size = 4: must be a multiple of batch.micro_size = 8'),
+    (
+      {'mesh.data': 3},
+      'batch.micro_size = 8: must be a multiple of 3 = mesh.data * mesh.node * mesh.local',
+    ),
+    (
+      {'mesh.node': 4, 'mesh.local': 4, 'batch.micro_size': 16, 'batch.size': 16},
+      'model.moe.num_experts = 8: must be a multiple of 16 = mesh.node * mesh.local',
+    ),
+    ({'mesh.pipe': 2}, 'mesh.pipe = 2: must be 1: layers are not split over devices'),
+    (
+      {'optimizer.end_lr': 1.0},
+      'optimizer.end_lr = 1.0: must be at most optimizer.peak_lr = 0.003',
+    ),
+    (
+      {'run.total_tokens': 1e12},
+      'run.total_tokens = 1000000000000.0: must be at most 137438953216',
+    ),
+  ],
+)
+def test_what_cannot_work_is_one_line_with_key_value_and_what_would_be_right(changes, told):
+  values = config.flatten(config.freeze(small())) | changes
+  c = small()
+  with c.ignore_type():
+    c.update_from_flattened_dict(values)
+  lines = [line for line in message(c).split('\n') if told in line]
+  assert len(lines) == 1
+  assert lines[0].partition(' = ')[0] in FLAT
+
+
+def test_all_faults_are_told_at_once():
+  c = small()
+  c.batch.size = 12
+  c.model.mla.rope_dim = 5
+  keys = [line.partition(' = ')[0] for line in message(c).split('\n')]
+  assert keys == ['model.mla.rope_dim', 'batch.size']
+
+
+def test_choices_and_exceptions_name_keys_that_exist():
+  listed = set(config._CHOICES) | config._MAY_BE_ZERO | config._MAY_BE_EMPTY
+  assert listed | set(config._BELOW_ONE) <= set(FLAT)
+
+
+# ---- nothing is parsed and ignored ---------------------------------------------------------------
+
+GROUPS = {c.__name__: c for c in vars(config).values() if dataclasses.is_dataclass(c)}
+AT = {config.Config: ''}  # where each dataclass stands: {Mla: 'model.mla.'}
+for group in [config.Config, config.Model]:
+  for field in dataclasses.fields(group):
+    if dataclasses.is_dataclass(field.type):
+      AT[field.type] = f'{AT[group]}{field.name}.'
+
+
+class Reads(ast.NodeVisitor):
+  """Collects the keys that a file reads, following annotated arguments and assigned groups."""
+
+  def __init__(self, tree):
+    self.keys, self.kinds = set(), {}  # kinds: what a name, or 'self._x', is known to be
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    from_config = [n for n in nodes if n.module == 'dsv3_jax.config']
+    self.imported = {alias.name for n in from_config for alias in n.names}
+    self.visit(tree)
+    self.visit(tree)  # methods may stand before the one that assigns
+
+  def group(self, annotation):
+    """The dataclass that an annotation names: `config.Model`, or `Model` where it is imported."""
+    for node in ast.walk(annotation) if annotation else ():
+      if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ('config', 'configs'):
+        return GROUPS.get(node.attr)
+      if isinstance(node, ast.Name) and node.id in self.imported:
+        return GROUPS.get(node.id)
+
+  def kind(self, node):
+    if isinstance(node, ast.Attribute) and (group := self.kind(node.value)) in AT:
+      return {f.name: f.type for f in dataclasses.fields(group)}.get(node.attr)
+    if isinstance(node, ast.Attribute) and node.attr == 'config':
+      return config.Config
+    return self.kinds.get(ast.unparse(node))
+
+  def visit_FunctionDef(self, node):
+    outer = dict(self.kinds)
+    for argument in [*node.args.args, *node.args.kwonlyargs]:
+      self.kinds.pop(argument.arg, None)
+      if group := self.group(argument.annotation):
+        self.kinds[argument.arg] = group
+    self.generic_visit(node)
+    self.kinds = outer | {k: v for k, v in self.kinds.items() if k.startswith('self.')}
+
+  def visit_Assign(self, node):
+    for target in node.targets:
+      both = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)
+      pairs = zip(target.elts, node.value.elts, strict=False) if both else [(target, node.value)]
+      for left, right in pairs:
+        if (kind := self.kind(right)) in AT:
+          self.kinds[ast.unparse(left)] = kind
+    self.generic_visit(node)
+
+  def visit_Attribute(self, node):
+    if isinstance(node.ctx, ast.Load) and (group := self.kind(node.value)) in AT:
+      self.keys.add(AT[group] + node.attr)
+    self.generic_visit(node)
+
+
+def test_every_key_is_read_somewhere_outside_the_config():
+  read = set()
+  for path in PACKAGE.rglob('*.py'):
+    if path.name != 'config.py':
+      text = path.read_text(encoding='utf-8')
+      read |= Reads(ast.parse(text)).keys
+      if 'getattr(sizes, axis)' in text:  # the one place that reads keys by name
+        read |= {f'mesh.{axis}' for axis in ('pipe', 'data', 'node', 'local')}
+  unread = sorted(set(FLAT) - read)
+  assert not unread, f'parsed and ignored: {", ".join(unread)}'
+
+
+def test_a_key_counts_as_read_only_on_a_value_known_to_be_its_group():
+  text = """
+from dsv3_jax import config
+from dsv3_jax.config import Data
+
+class Reader:
+  def lengths(self):
+    return self._batch.seq_len
+
+  def __init__(self, c: config.Config, data: Data, other):
+    m, self._batch = c.model, c.batch
+    print(m.moe.top_k, data.workers, other.seed, m.nothing.dim, other.config.run.prompt)
+"""
+  keys = {'batch.seq_len', 'model.moe.top_k', 'data.workers', 'run.prompt'}
+  assert Reads(ast.parse(text)).keys & set(FLAT) == keys
