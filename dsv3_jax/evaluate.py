@@ -31,11 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except (ConfigError, CheckpointError) as error:
     print(f'evaluate: {error}', file=sys.stderr)
     return 2
+  except OSError as error:
+    print(f'evaluate: {error.filename or args.workdir}: {error.strerror}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(file=sys.stderr)
+    return 130
   return 0
 
 
 def _run(args: argparse.Namespace) -> None:
   runtime.keep_freed_memory()
+  runtime.log_warnings_only()
   # ---- model and text ----------------------------------------------------------------------------
   loaded = workdir.load(args.workdir, step=args.step, average=args.average)
   c = loaded.config

@@ -64,9 +64,6 @@ class Placement:
       dims[self.expert_dim] = EXPERTS
     if self.zero_dim is not None:
       dims[self.zero_dim] = self.zero_axes
-    # As JAX writes the specs of results: another spelling of the same layout would compile a step twice.
-    while dims and dims[-1] is None:
-      dims.pop()
     return P(*dims)
 
   @property

@@ -168,13 +168,12 @@ def train(c: config.Config, folder: str, name: str) -> int:
         if dot_due:
           speed.time_dot()
         began = time.perf_counter()
-    checkpointer.wait()
-    if progress and step > start + 1:
-      progress.print(speed.summary())
-    if step < total:
-      say(f'stopped by a signal; saved in {folder}; the same command continues')
-      return 0
   # ---- what came out -------------------------------------------------------------------------------
+  if step > start + 1:  # the first one compiles
+    say(speed.summary())
+  if step < total:
+    say(f'stopped by a signal; saved in {folder}; the same command continues')
+    return 0
   result = score(train_state)
   if first:
     result.save(folder)

@@ -19,13 +19,15 @@ from dsv3_jax.training.step import Step, make_step
 
 STEPS = 20
 _SIZES = {
-  'model.num_layers': 2,
   'model.vocab_size': 256,
   'batch.size': 16,
   'batch.start_size': 8,
   'batch.micro_size': 8,
   'optimizer.peak_lr': 1e-3,
+  'optimizer.clip_norm': 0.5,  # so that it clips
   'optimizer.warmup_steps': 0,
+  'optimizer.constant_tokens': 1e9,
+  'objective.bias_stop_tokens': 1e9,
 }
 COUNTS = [2, 1, 1, 1] + [2] * (STEPS - 4)  # micro-batches of each step
 ONE_DEVICE = (1, 1, 1, 0)
@@ -57,6 +59,15 @@ def to_numpy(tree: Any) -> Any:
   return jax.tree.map(lambda x: np.array(x), tree)
 
 
+_compilations: list[float] = []
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def _listen(event: str, duration: float, **_: Any) -> None:
+  if event == '/jax/core/compile/backend_compile_duration':
+    _compilations.append(duration)
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
   config: config.Config
@@ -64,6 +75,7 @@ class Run:
   metrics: list[dict[str, np.ndarray]]
   states: list[training_state.State]  # after the first steps, on the host
   last: training_state.State  # after all steps, on the devices
+  compilations: list[int]  # in each step
 
   @property
   def gradients(self) -> Any:
@@ -76,13 +88,15 @@ class Run:
 def run(data: int = 1, node: int = 1, local: int = 1, zero: int = 0) -> Run:
   c = configure(data, node, local, zero)
   step = make_step(c, mesh.make_mesh(c.mesh))
-  state, metrics, states = place(c, parity.random_state(c)), [], []
+  state, metrics, states, compilations = place(c, parity.random_state(c)), [], [], []
   for i in range(STEPS):
+    before = len(_compilations)
     state, values = step(state, jnp.asarray(rows(i, data * node)), jnp.int32(COUNTS[i]))
+    compilations.append(len(_compilations) - before)
     metrics.append(to_numpy(values))
     if i < 2:
       states.append(to_numpy(state))
-  return Run(c, step, metrics, states, state)
+  return Run(c, step, metrics, states, state, compilations)
 
 
 @functools.cache

@@ -40,20 +40,16 @@ class Mla(nnx.Module):
 
   def __call__(self, c: config.Model, x_BLD: jax.Array) -> jax.Array:
     """Expanded causal attention over whole sequences at positions 0..L-1 -> [B, L, D]."""
-    N, H = c.mla.num_heads, c.mla.nope_dim
     positions_L = jnp.arange(x_BLD.shape[1], dtype=jnp.int32)
     nope_BLNH, rope_BLNR = self._queries(c, x_BLD, positions_L[None])
     latent_BLC, k_rope_BLR = self.latents(c, x_BLD, positions_L[None])
-    # One GEMM for keys and values: with few latent channels two narrow ones run slower.
-    kv_up_CNJ = jnp.concatenate([self.k_up_CNH[...], self.v_up_CNV[...]], axis=2)
-    kv_BLNJ = recipe.linear(latent_BLC, kv_up_CNJ)
-    k_rope_BLNR = jnp.broadcast_to(
-      k_rope_BLR[:, :, None], (*k_rope_BLR.shape[:2], N, c.mla.rope_dim)
-    )
+    k_nope_BLNH = recipe.linear(latent_BLC, self.k_up_CNH[...])
+    v_BLNV = recipe.linear(latent_BLC, self.v_up_CNV[...])
+    k_rope_BLNR = jnp.broadcast_to(k_rope_BLR[:, :, None], rope_BLNR.shape)
     out_BLNV = causal_attention(
       jnp.concatenate([nope_BLNH, rope_BLNR], axis=3),
-      jnp.concatenate([kv_BLNJ[..., :H], k_rope_BLNR], axis=3),
-      kv_BLNJ[..., H:],
+      jnp.concatenate([k_nope_BLNH, k_rope_BLNR], axis=3),
+      v_BLNV,
       scale=rope.softmax_scale(c),
       block=c.mla.block,
     )
@@ -100,11 +96,11 @@ class Mla(nnx.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """[B, L, N, H] without position and [B, L, N, R] rotated."""
     if c.mla.q_rank:
-      latent_BLQ = checkpoint_name(recipe.linear(x_BLD, self.q_down_DQ[...]), 'latent')
-      latent_BLQ = rms_norm(latent_BLQ, self.q_norm_Q[...], c.norm_eps)
-      q_BLNJ = recipe.linear(latent_BLQ, self.q_up_QNJ[...])
-    else:
-      q_BLNJ = recipe.linear(x_BLD, self.q_DNJ[...])
+      x_BLD = checkpoint_name(recipe.linear(x_BLD, self.q_down_DQ[...]), 'latent')
+      x_BLD = rms_norm(x_BLD, self.q_norm_Q[...], c.norm_eps)
+    weight_DNJ = self.q_up_QNJ[...] if c.mla.q_rank else self.q_DNJ[...]
+    # The weight is split, not its product: the gradient of a split pads and adds, dear on activations.
+    nope_BLNH = recipe.linear(x_BLD, weight_DNJ[..., : c.mla.nope_dim])
+    rope_BLNR = recipe.linear(x_BLD, weight_DNJ[..., c.mla.nope_dim :])
     cos_BLR, sin_BLR = rope.table(c, positions_BL)
-    H = c.mla.nope_dim
-    return q_BLNJ[..., :H], rope.rotate(q_BLNJ[..., H:], cos_BLR[:, :, None], sin_BLR[:, :, None])
+    return nope_BLNH, rope.rotate(rope_BLNR, cos_BLR[:, :, None], sin_BLR[:, :, None])

@@ -131,7 +131,7 @@ class Transformer(nnx.Module):
         return rms_norm(x_BLD, module.out_norm_D[...], c.norm_eps), routing
 
       embed_BLD = jnp.roll(embed_BLD, -1, axis=1)
-      hidden_BLD, routing = _remat(c, run)(stored, hidden_BLD, embed_BLD)
+      hidden_BLD, routing = _remat(c, run, scanned=False)(stored, hidden_BLD, embed_BLD)
       hiddens.append(hidden_BLD)
       routings.append(routing)
     return hiddens, jax.tree.map(lambda *xs: jnp.stack(xs), *routings)
@@ -143,18 +143,21 @@ def _scan(
   def body(x_BLD: jax.Array, stored: Block) -> tuple[jax.Array, Routing | None]:
     return unshard(name, stored)(c, x_BLD, valid_BL)
 
-  return lax.scan(_remat(c, body), x_BLD, layers, unroll=c.unroll)
+  return lax.scan(_remat(c, body, scanned=True), x_BLD, layers, unroll=c.unroll)
 
 
-def _remat(c: config.Model, body: Callable[..., Any]) -> Callable[..., Any]:
+def _remat(c: config.Model, body: Callable[..., Any], *, scanned: bool) -> Callable[..., Any]:
   """'block' keeps a block's input alone; 'latents' (3.3.3) also what is dear to compute and small to keep.
 
   Recomputed under 'latents': every RMSNorm, the up-projections of MLA, SwiGLU's product.
   """
   if c.remat == 'none':
     return body
+  # Where one program holds forward and backward of a layer, XLA would merge the recomputation with the
+  # first one and keep everything; a loop of its own holds them apart anyway.
+  apart = not scanned or c.unroll > 1
   if c.remat == 'block':
-    return jax.checkpoint(body, prevent_cse=False)
+    return jax.checkpoint(body, prevent_cse=apart)
   names = ('latent', 'attn_out', 'attn_lse', 'residual', 'routing', 'ffn_hidden')
   policy = checkpoint_policies.save_only_these_names(*names)
-  return jax.checkpoint(body, prevent_cse=False, policy=policy)
+  return jax.checkpoint(body, prevent_cse=apart, policy=policy)

@@ -58,9 +58,7 @@ class MetricsWriter:
       # tensorboardX's SummaryWriter: once its thread met a full disk, it blocks whoever adds to it.
       name = os.path.join(self._events_path, 'events')
       self._events = EventsWriter(name, f'.{time.time_ns()}')
-      begin = SessionLog(
-        status=SessionLog.START
-      )  # hides what comes from this step on in other files
+      begin = SessionLog(status=SessionLog.START)  # hides later steps in the other files
       self._events.write_event(Event(step=start_step + 1 if start_step else 0, session_log=begin))
       self._flushed = -math.inf
     with _written_to(self._path):

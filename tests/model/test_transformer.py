@@ -15,15 +15,14 @@ from dsv3_jax.training.objective import objective
 
 # Large enough that activations outweigh gradients, small enough to run in a moment.
 _SIZES = {
-  'model.num_layers': 4,
-  'model.num_dense_layers': 1,
+  'model.num_layers': 3,
+  'model.num_dense_layers': 0,
   'model.mtp_depth': 0,
   'model.max_length': 256,
   'model.rope.original_length': 256,
   'model.mla.block': 64,
   'batch.seq_len': 256,
 }
-_RUNS = ('none', 'latents', 'block', 'unrolled')
 
 
 def _unrolled(c: Any, name: str, layers: Any, x_BLD: jax.Array, valid_BL: jax.Array, unshard: Any):
@@ -75,3 +74,21 @@ def test_memory_falls_from_no_remat_to_latents_to_block():
   told = f'none {none:,}, latents {latents:,}, block {block:,} bytes'
   assert none > 1.2 * latents, told
   assert latents > 1.2 * block, told
+
+
+@pytest.mark.parametrize(
+  ('changes', 'apart'),
+  [({}, False), ({'model.unroll': 3}, True), ({'model.mtp_depth': 1}, True)],
+  ids=['scanned', 'unrolled', 'mtp'],
+)
+def test_outside_a_loop_of_its_own_recomputation_is_kept_apart_from_the_first(changes, apart):
+  # XLA:CPU drops the barriers, so what they save shows on accelerators alone.
+  c = parity.small(_SIZES | changes | {'model.remat': 'block'})
+
+  def loss(params: Any, router_bias: Any, tokens_BX: jax.Array) -> Any:
+    model = parity.layout(c).module(params, router_bias)
+    return objective(c, model, tokens_BX, jnp.float32(0.3), jnp.int32(2))[0]
+
+  at, rows = parity.layout(c), jax.ShapeDtypeStruct((2, 257), jnp.int32)
+  lowered = parity.on_one_device(jax.grad(loss)).lower(at.params, at.router_bias, rows)
+  assert ('optimization_barrier' in lowered.as_text()) == apart

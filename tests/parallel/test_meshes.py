@@ -32,10 +32,8 @@ _EACH = _each(_SHAPES)
 
 
 @_EACH
-def test_loss_and_all_metrics_of_the_first_steps_equal_one_device(shape):
-  # Of the first ones: from there on both runs drift apart as their rounding does.
-  for got, expected in zip(run(*shape).metrics[:4], run().metrics[:4], strict=True):
-    parity.assert_close(got, expected)
+def test_loss_and_all_metrics_of_20_steps_equal_one_device(shape):
+  parity.assert_close(run(*shape).metrics, run().metrics)
 
 
 @_EACH
@@ -57,7 +55,7 @@ def test_after_20_steps_router_biases_have_the_same_bits_on_every_device_and_mes
 
 @_EACH
 def test_after_20_steps_weights_and_moments_are_those_of_one_device(shape):
-  parity.assert_close(run(*shape).last, runs.to_numpy(run().last), 1e-3)
+  parity.assert_close(run(*shape).last, runs.to_numpy(run().last), 1e-4)
 
 
 @_EACH

@@ -44,7 +44,9 @@ class _Groups:
     self.sizes_e = jnp.diff(edges).astype(jnp.int32)
     self.pair_S = jnp.pad(order_S, (0, self.small))
     self.token_S = self.pair_S // ids_TK.shape[1]
-    self.slot_TK = jnp.argsort(order_S).astype(jnp.int32).reshape(ids_TK.shape)
+    places_S = jnp.arange(self.choices, dtype=jnp.int32)
+    slot_S = jnp.zeros_like(order_S).at[order_S].set(places_S, unique_indices=True)
+    self.slot_TK = slot_S.reshape(ids_TK.shape)
 
   def walk(self, e, block, carry):
     """carry = block(carry, slot, rows) over the slots of expert e."""
