@@ -62,10 +62,12 @@ def to_numpy(tree: Any) -> Any:
 _compilations: list[float] = []
 
 
-@jax.monitoring.register_event_duration_secs_listener
 def _listen(event: str, duration: float, **_: Any) -> None:
   if event == '/jax/core/compile/backend_compile_duration':
     _compilations.append(duration)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 @dataclasses.dataclass(frozen=True)

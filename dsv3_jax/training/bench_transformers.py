@@ -14,7 +14,7 @@ the best alone.
 Choices, for the peer where there was one:
 - Its fastest settings of those measured: `sdpa` attention, `grouped_mm` experts, fused AdamW, no
   `torch.compile`. Its malloc keeps freed memory as ours does: no page faults after the first steps.
-- Idle threads leave the cores to the other side: OpenMP's spin for 10 ms at most, XLA's for less.
+- Idle threads leave the cores to the other side: OpenMP's spin for about 10 ms, XLA's below 1 ms.
 - Balancing is without effect, for the peer has none: the balance loss is computed and weighs 0, the
   router's bias moves by 0. MTP, the average of the weights and remat are off.
 

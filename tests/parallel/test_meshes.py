@@ -21,14 +21,14 @@ _SHAPES = [  # data, node, local, ZeRO
 ]
 
 
-def _each(shapes):
+def _on(*shapes: tuple[int, ...]) -> pytest.MarkDecorator:
+  """A test on each shape; all tests of a shape run in one worker, which steps through it once."""
   group = lambda shape: pytest.mark.xdist_group('mesh_' + '_'.join(map(str, shape)))
-  return pytest.mark.parametrize(
-    'shape', [pytest.param(s, marks=group(s)) for s in shapes], ids=str
-  )
+  each = [pytest.param(shape, marks=group(shape), id=str(shape)) for shape in shapes]
+  return pytest.mark.parametrize('shape', each)
 
 
-_EACH = _each(_SHAPES)
+_EACH = _on(*_SHAPES)
 
 
 @_EACH
@@ -58,26 +58,29 @@ def test_after_20_steps_weights_and_moments_are_those_of_one_device(shape):
   parity.assert_close(run(*shape).last, runs.to_numpy(run().last), 1e-4)
 
 
+def _stored_parts(name: str, shape: tuple[int, ...]) -> int:
+  """Over how many devices one array of the state is split; the suffix of its name says what it is."""
+  data, node, local, zero = shape
+  letters = name.rpartition('_')[2]
+  if len(letters) == 1:  # norms weigh nothing
+    return 1
+  if zero:
+    return data * node * local
+  return node * local if letters in ('EDF', 'EFD') else 1
+
+
 @_EACH
 def test_every_device_stores_only_its_part_of_each_matrix(shape):
-  data, node, local, zero = shape
-  state, whole = run(*shape).last, []
-  for name in ('params', 'opt', 'ema'):
-    for path, x in jax.tree_util.tree_leaves_with_path(state[name]):
-      names = parity.path_names(path)
-      ways = (
-        data * node * local
-        if zero
-        else node * local
-        if 'EDF' in names[-1] or 'EFD' in names[-1]
-        else 1
-      )
-      ways = ways if len(names[-1].rpartition('_')[2]) > 1 else 1  # norms weigh nothing
-      stored = {shard.data.size * ways for shard in x.addressable_shards}
-      whole += [] if stored == {x.size} else [f'{name}.{".".join(names)}: {stored} of {x.size}']
-  assert not whole, (
-    f'stored size times {data * node * local} devices should be the size:\n' + '\n'.join(whole)
-  )
+  state, wrong = run(*shape).last, []
+  for path, x in jax.tree_util.tree_leaves_with_path(
+    {k: state[k] for k in ('params', 'opt', 'ema')}
+  ):
+    names = parity.path_names(path)
+    expected = x.size // _stored_parts(names[-1], shape)
+    stored = {shard.data.size for shard in x.addressable_shards}
+    if stored != {expected}:
+      wrong.append(f'  {".".join(names)}: {stored}, expected {expected} of {x.size}')
+  assert not wrong, 'elements per device:\n' + '\n'.join(wrong)
 
 
 def _largest(hlo: str, collective: str) -> int:
@@ -93,9 +96,7 @@ def _smallest_matrix() -> int:
   return min(x.size for path, x in leaves if len(letters(path)) > 1)
 
 
-@pytest.mark.parametrize(
-  'shape', [pytest.param((8, 1, 1, 1), marks=pytest.mark.xdist_group('mesh_8_1_1_1'))]
-)
+@_on((8, 1, 1, 1))
 def test_zero_1_sums_no_matrix_on_every_device_but_scatters_sums_and_gathers_weights(shape):
   hlo = runs.hlo(*shape)
   assert 0 < _largest(hlo, 'all-reduce') < _smallest_matrix()
@@ -103,9 +104,7 @@ def test_zero_1_sums_no_matrix_on_every_device_but_scatters_sums_and_gathers_wei
   assert _largest(hlo, 'reduce-scatter') >= 256 * 32 / 8
 
 
-@pytest.mark.parametrize(
-  'shape', [pytest.param((8, 1, 1, 0), marks=pytest.mark.xdist_group('mesh_8_1_1_0'))]
-)
+@_on((8, 1, 1, 0))
 def test_without_zero_gradients_are_summed_on_every_device_and_no_weight_is_gathered(shape):
   hlo = runs.hlo(*shape)
   assert _largest(hlo, 'all-reduce') >= 256 * 32

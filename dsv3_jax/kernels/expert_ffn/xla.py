@@ -125,8 +125,7 @@ def _backward(residuals, dy_TD):
       dx_SD, dweight_S, dinto_DF, ddown_FD = carry
       cut = lambda x: lax.dynamic_slice_in_dim(x, slot, rows)
       token_b, weight_b1 = cut(groups.token_S), cut(weight_S)[:, None]
-      # Cut once, for real: fused into what follows, the slicing keeps XLA:CPU from vectorising it.
-      hidden_bF = lax.optimization_barrier(cut(hidden_SF))
+      hidden_bF = cut(hidden_SF)
       x_bD, dy_bD = x_TD[token_b], dy_TD[token_b]
       if (
         rows == groups.small
