@@ -32,8 +32,8 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 def assert_close(actual: Any, expected: Any, limit: float = LIMIT['float32']) -> None:
   """Every leaf of two trees within `limit` by `relative_error`; names all that are not."""
-  actual = dict(_named_leaves(actual))
-  expected = dict(_named_leaves(expected))
+  actual = dict(named_leaves(actual))
+  expected = dict(named_leaves(expected))
   assert actual.keys() == expected.keys(), f'leaves differ: {actual.keys() ^ expected.keys()}'
   errors = {name: relative_error(actual[name], expected[name]) for name in expected}
   wrong = [f'  {name or "value"}: {error:.1e}' for name, error in errors.items() if error > limit]
@@ -44,7 +44,8 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+  """('moe_layers.ffn.gate_EDF', array) of every leaf."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return [('.'.join(path_names(path)), leaf) for path, leaf in leaves]
 
@@ -53,9 +54,11 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def small(changes: dict[str, Any] | None = None) -> config.Config:
-  """The debug config in FP32, moments too, with some keys changed: {'model.mtp_depth': 2}."""
+  """The debug config in FP32, moments and wire too, with some keys changed: {'model.mtp_depth': 2}."""
   c = config.debug(config.default())
   c.update_from_flattened_dict({'model.precision': 'fp32', 'optimizer.moments': 'fp32'})
+  wire = {'payload': 'plain', 'combine': 'plain'}
+  c.update_from_flattened_dict({f'model.moe.dispatch.{k}': v for k, v in wire.items()})
   c.update_from_flattened_dict(changes or {})
   return config.freeze(c)
 

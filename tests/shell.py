@@ -54,6 +54,8 @@ class Programs:
     default = [
       f'data.corpus={self.root}/corpus', f'data.cache_dir={self.root}/cache', 'data.heldout=0.2',
       f'run.total_tokens={STEPS * 8 * 32}', 'run.eval_every=15', f'checkpoint.every_steps={SAVE_EVERY}',
+      # Nothing is rounded on its way to experts: a mesh computes what one device does.
+      'model.moe.dispatch.payload=plain', 'model.moe.dispatch.combine=plain',
     ]  # fmt: skip
     of_config = [f'--config.{override}' for override in [*default, *overrides]]
     return [f'--config={ROOT}/configs/quickstart.py:debug', *of_config]
