@@ -36,5 +36,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   m.mla.update(num_heads=16, q_rank=0)
   m.moe.update(num_experts=64, num_shared=2, top_k=6, expert_dim=1408)
   m.moe.update(num_groups=1, top_groups=1, scoring='softmax', normalize=False, route_scale=1.0)
+  m.moe.dispatch.payload = 'bf16'
   c.objective.update(balance_alpha=3e-3, bias_speed=0.0)
   return config.variant(c, arg)

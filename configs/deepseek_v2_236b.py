@@ -30,5 +30,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   m.rope.update(mscale=0.707, mscale_all_dim=0.707)
   m.moe.update(num_experts=160, num_shared=2, top_k=6, expert_dim=1536)
   m.moe.update(num_groups=8, top_groups=3, scoring='softmax', normalize=False, route_scale=16.0)
+  m.moe.dispatch.payload = 'bf16'
   c.objective.update(balance_alpha=3e-3, bias_speed=0.0)
   return config.variant(c, arg)

@@ -6,7 +6,7 @@ otherwise:
 
 - the batch grows from 3,072 to 15,360 sequences linearly in tokens (the report: "gradually");
 - AdamW's epsilon is 1e-8 and the average of the weights decays by 0.999;
-- matmuls run in BF16, where the report runs most of them in FP8.
+- matmuls run in BF16; the report runs most of them in FP8: `--config.model.precision=fp8`.
 
 The mesh belongs to the machine, so it is left to the command line. On 1,024 devices, experts over
 64 of them as in the report, weights split over all:

@@ -9,8 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from dsv3_jax import config, mesh, runtime
-from dsv3_jax.config import ConfigError
+from dsv3_jax import config, console, mesh, runtime
 from dsv3_jax.data import batches, corpora
 from dsv3_jax.training import evaluation, state, workdir
 from dsv3_jax.training.checkpoint import CheckpointError
@@ -18,26 +17,7 @@ from dsv3_jax.training.checkpoint import CheckpointError
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Exit code: 0, or 2 after one line about what cannot work."""
-  parser = argparse.ArgumentParser(
-    'python -m dsv3_jax.evaluate', description=__doc__.split('\n')[0]
-  )
-  parser.add_argument('workdir', help='folder of a training run')
-  parser.add_argument('--step', type=int, help='checkpoint to take (the newest)')
-  parser.add_argument('--average', action='store_true', help='take the average of the weights')
-  parser.add_argument('--bytes', type=int, help='of held-out text, at most (run.eval_bytes)')
-  args = parser.parse_args(arguments)
-  try:
-    _run(args)
-  except (ConfigError, CheckpointError) as error:
-    print(f'evaluate: {error}', file=sys.stderr)
-    return 2
-  except OSError as error:
-    print(f'evaluate: {error.filename or args.workdir}: {error.strerror}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print(file=sys.stderr)
-    return 130
-  return 0
+  return console.run('evaluate', _parse, _run, arguments, file='workdir', told=(CheckpointError,))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -56,8 +36,17 @@ def _run(args: argparse.Namespace) -> None:
   nats = evaluation.make_nats(c, device_mesh)
   rows = min(c.batch.micro_size, len(heldout.tokens))
   result = evaluation.evaluate(nats, device_mesh, params, router_bias, heldout, rows)
-  print(f'checkpoint {loaded.step}: {result.table()}')
+  print(f'{loaded.name}: {result.table()}')
   result.save(args.workdir)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+  parser = console.Parser('python -m dsv3_jax.evaluate', description=__doc__.split('\n')[0])
+  parser.add_argument('workdir', help='folder of a training run, or of imported weights')
+  parser.add_argument('--step', type=int, help='checkpoint to take (the newest)')
+  parser.add_argument('--average', action='store_true', help='take the average of the weights')
+  parser.add_argument('--bytes', type=int, help='of held-out text, at most (run.eval_bytes)')
+  return parser.parse_args(arguments)
 
 
 if __name__ == '__main__':

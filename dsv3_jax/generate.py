@@ -11,74 +11,52 @@ one device, whatever the model was trained on.
 
 import argparse
 import itertools
-import os
 import sys
-import time
 from collections.abc import Sequence
-from typing import NoReturn
 
-from dsv3_jax import mesh
+from dsv3_jax import console, mesh
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.inference.decode import Decoder
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.inference.stream import TextStream, stream
+from dsv3_jax.inference.stream import TextStream, engine_for, stream
 from dsv3_jax.training import workdir
 from dsv3_jax.training.checkpoint import CheckpointError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
   """Exit code: 0, or 2 after one line about what cannot work."""
-  try:
-    _run(_parse(arguments))
-  except (ConfigError, CheckpointError) as error:
-    print(f'generate: {error}', file=sys.stderr)
-    return 2
-  except KeyboardInterrupt:
-    print(file=sys.stderr)
-    return 130
-  except BrokenPipeError:  # the reader has seen enough
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  return 0
+  return console.run('generate', _parse, _run, arguments, file='workdir', told=(CheckpointError,))
 
 
 def _run(args: argparse.Namespace) -> None:
   sampling = Sampling(args.temperature, args.top_p, args.seed)
   # ---- model and prompts -------------------------------------------------------------------------
   loaded = workdir.load(args.workdir, step=args.step, average=args.average)
-  decoder = Decoder(loaded.config.model, mesh.make_mesh(loaded.config.mesh), loaded.model)
+  c = loaded.config.model
+  drafts = min(1, c.mtp_depth) if args.drafts is None else args.drafts
+  decoder = Decoder(c, mesh.make_mesh(loaded.config.mesh), loaded.model)
   prompts = _prompts(args, loaded.tokenizer, loaded.config.run.prompt)
-
-  def start():
-    return stream(
-      decoder,
-      prompts,
-      loaded.tokenizer,
-      sampling=sampling,
-      max_tokens=args.max_tokens,
-      samples=args.samples,
-    )
-
-  for _ in itertools.islice(start(), 2):  # compiles all there is to compile
-    pass
+  sizes = {'max_tokens': args.max_tokens, 'samples': args.samples}
+  engine = engine_for(decoder, loaded.tokenizer, prompts, **sizes, drafts=drafts)
+  engine.warm_up()
   # ---- tokens ------------------------------------------------------------------------------------
   page = _Page(len(prompts), args.samples, loaded.tokenizer)
-  times = [time.perf_counter()]
-  counts = []
-  for tokens in start():
-    times.append(time.perf_counter())
-    counts.append(sum(token is not None for token in tokens))
+  for tokens in stream(engine, prompts, sampling=sampling, **sizes):
     page.push(tokens)
   page.close()
   # ---- figures -----------------------------------------------------------------------------------
-  prompt_tokens = args.samples * sum(map(len, prompts))
-  figures = [f'checkpoint {loaded.step}', f'prefill {_rate(prompt_tokens, times[1] - times[0])}']
-  if len(counts) > 1:
-    figures.append(f'decode {_rate(sum(counts[1:]), times[-1] - times[1])}')
-  figures.append(f'cache {decoder.empty(decoder.ways, 1).bytes_per_token:,} bytes per token')
-  longest = loaded.config.model.max_length
-  if max(map(len, prompts)) + args.max_tokens > longest:
-    figures.append(f'no sequence goes beyond model.max_length = {longest} tokens')
+  stats = engine.stats
+  computed = stats.prompt_tokens - stats.shared_tokens
+  figures = [loaded.name, f'prefill {_rate(computed, stats.prompt_seconds)}']
+  decoded = stats.row_steps + stats.accepted
+  if decoded:
+    figures.append(f'decode {_rate(decoded, stats.decode_seconds)}')
+  if stats.drafts:
+    figures.append(f'{stats.acceptance:.0%} of {stats.drafts:,} drafts right')
+  figures.append(f'cache {engine.bytes_per_token:,} bytes per token')
+  if max(map(len, prompts)) + args.max_tokens > c.max_length:
+    figures.append(f'no sequence goes beyond model.max_length = {c.max_length} tokens')
   print(', '.join(figures), file=sys.stderr)
 
 
@@ -89,17 +67,12 @@ def _rate(tokens: int, seconds: float) -> str:
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-  def error(self, message: str) -> NoReturn:
-    raise ConfigError(f'{message}; --help shows what there is')
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-  parser = _Parser(
+  parser = console.Parser(
     'python -m dsv3_jax.generate', description='Continues text with a trained model.'
   )
   add = parser.add_argument
-  add('workdir', help='folder of a training run')
+  add('workdir', help='folder of a training run, or of imported weights')
   add(
     '--prompt', action='append', help="text to continue, several times for a batch; '-' reads stdin"
   )
@@ -110,6 +83,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add('--top_p', type=float, default=0.95, help='mass of the nucleus (%(default)s)')
   add('--seed', type=int, default=0, help='of the random numbers (%(default)s)')
   add('--samples', type=int, default=1, help='sequences for each prompt (%(default)s)')
+  add('--drafts', type=int, help='tokens that the MTP module guesses ahead (1 if there is one)')
   add('--step', type=int, help='checkpoint to take (the newest)')
   add('--average', action='store_true', help='take the average of the weights')
   args = parser.parse_args(arguments)
@@ -160,10 +134,10 @@ class _Page:
     self._ended = [False] * len(self._titles)
     self._shown = 0  # the sequence that is growing on the page
 
-  def push(self, tokens: Sequence[int | None]) -> None:
-    for i, token in enumerate(tokens):
-      if token is not None:
-        self._waiting[i] += self._texts[i].push(token)
+  def push(self, new: Sequence[list[int] | None]) -> None:
+    for i, tokens in enumerate(new):
+      if tokens is not None:
+        self._waiting[i] += ''.join(map(self._texts[i].push, tokens))
       elif not self._ended[i]:
         self._end(i)
     self._show()
