@@ -1,1 +1,1 @@
-"""Which number format each matmul runs in."""
+"""Which number format each matmul runs in, and the layers that run in FP8."""

@@ -6,6 +6,7 @@ import numpy as np
 import parity
 import pytest
 
+from dsv3_jax.kernels import e5m6
 from dsv3_jax.kernels.attention import causal_attention
 
 _CASES = {  # length, block
@@ -84,3 +85,19 @@ def test_memory_at_length_4096_is_far_below_a_matrix_of_scores_per_head():
 def test_unknown_implementation_is_refused_by_name():
   with pytest.raises(ValueError, match="implementation = 'cuda': must be 'xla' or 'reference'"):
     causal_attention(*_inputs(4)[:3], scale=1.0, implementation='cuda')
+
+
+def test_an_output_kept_in_e5m6_is_what_comes_out_and_what_the_backward_reads():
+  q, k, v, dout = _inputs(24)
+  plain = lambda *args: causal_attention(*args, scale=0.3, block=8)
+  kept = lambda *args: causal_attention(*args, scale=0.3, block=8, stored='e5m6')
+  (out, pull), (expected, plain_pull) = jax.vjp(kept, q, k, v), jax.vjp(plain, q, k, v)
+  rounded = e5m6.decode(*e5m6.encode(expected), expected.shape[-1], expected.dtype)
+  np.testing.assert_array_equal(out, rounded)
+  assert np.any(np.asarray(out) != np.asarray(expected))
+  for got, plain_got in zip(pull(dout), plain_pull(dout), strict=True):
+    parity.assert_close(got, plain_got, 2**-6)
+  sizes = [x.dtype for x in jax.tree.leaves(pull)]
+  assert jnp.uint8 in sizes
+  with pytest.raises(ValueError, match="stored = 'e4m3': must be 'plain' or 'e5m6'"):
+    causal_attention(q, k, v, scale=0.3, stored='e4m3')

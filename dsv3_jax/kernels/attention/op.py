@@ -13,13 +13,18 @@ def causal_attention(
   *,
   scale: float,
   block: int = 512,
+  stored: str = 'plain',
   implementation: str = 'xla',
 ) -> jax.Array:
   """softmax(scale * q k^T, keys not after the query) v -> [B, L, N, V] in v's dtype; softmax in FP32.
 
-  `block`: queries and keys per block; L need not divide, the tail is padded. `implementation`: 'xla'
-  (O(L * block) memory, exact causal skipping of blocks) or 'reference' (O(L^2)).
+  `block`: queries and keys per block; L need not divide, the tail is padded. `stored`: how the output is
+  kept for the backward, 'plain' or 'e5m6' (`kernels/e5m6`, per head); what comes out is what is kept, so
+  rounded to it. `implementation`: 'xla' (O(L * block) memory, exact causal skipping of blocks) or
+  'reference' (O(L^2), stores nothing).
   """
+  if stored not in ('plain', 'e5m6'):
+    raise ValueError(f"stored = {stored!r}: must be 'plain' or 'e5m6'")
   if implementation == 'reference':
     return _reference(q_BLNJ, k_BLNJ, v_BLNV, scale)
   if implementation != 'xla':
@@ -34,7 +39,7 @@ def causal_attention(
     return x_BLNH.transpose(0, 2, 1, 3)
 
   out_BNLV = xla.attention(
-    heads_first(q_BLNJ), heads_first(k_BLNJ), heads_first(v_BLNV), scale, block
+    heads_first(q_BLNJ), heads_first(k_BLNJ), heads_first(v_BLNV), scale, block, stored
   )
   return out_BNLV.transpose(0, 2, 1, 3)[:, :length]
 

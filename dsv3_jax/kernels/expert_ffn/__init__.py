@@ -3,6 +3,6 @@
 One public function, `expert_ffn`; `reference` runs every expert on every token, `xla` only what is routed.
 """
 
-from dsv3_jax.kernels.expert_ffn.op import expert_ffn
+from dsv3_jax.kernels.expert_ffn.op import expert_ffn, expert_slots
 
-__all__ = ['expert_ffn']
+__all__ = ['expert_ffn', 'expert_slots']

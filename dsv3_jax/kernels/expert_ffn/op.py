@@ -1,5 +1,7 @@
 """Public function of the expert FFN, and its reference."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -14,19 +16,39 @@ def expert_ffn(
   up_EDF: jax.Array,
   down_EFD: jax.Array,
   *,
+  bound: int | None = None,
   implementation: str = 'xla',
 ) -> jax.Array:
   """y_t = sum_k weight_tk * down_i(silu(gate_i x_t) * up_i x_t) with i = ids_tk -> [T, D] in x's dtype.
 
   `ids_TK`: int32 in 0..E-1; E itself means "not here" and contributes nothing. A token's ids differ.
   Any load is served, from an expert without a token to one with all of them. Differentiable in x,
-  weight_TK and the three weights. `implementation`: 'xla' or 'reference'.
+  weight_TK and the three weights. `bound`: the caller's word that at most so many of the T*K choices are
+  here; buffers need no more slots then. `implementation`: 'xla' or 'reference'.
   """
+  y, total = expert_slots(
+    x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD, bound=bound, implementation=implementation
+  )
+  return total(y)
+
+
+def expert_slots(
+  x_TD: jax.Array,
+  ids_TK: jax.Array,
+  weight_TK: jax.Array,
+  gate_EDF: jax.Array,
+  up_EDF: jax.Array,
+  down_EFD: jax.Array,
+  *,
+  bound: int | None = None,
+  implementation: str = 'xla',
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+  """`expert_ffn` in two steps: outputs before the sum over a token's choices, and what sums them."""
   if implementation == 'reference':
-    return _reference(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD)
+    return _reference(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD), lambda y_TD: y_TD
   if implementation != 'xla':
     raise ValueError(f"implementation = {implementation!r}: must be 'xla' or 'reference'")
-  return xla.expert_ffn(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD)
+  return xla.slots(bound, x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD)
 
 
 def _reference(x_TD, ids_TK, weight_TK, gate_EDF, up_EDF, down_EFD):
