@@ -2,14 +2,15 @@
 
 | axis    | splits                                              | carries                            |
 |---------|-----------------------------------------------------|------------------------------------|
-| `pipe`  | layers (size 1 until the pipeline runs)             | ppermute of activations            |
+| `pipe`  | layers; with ZeRO, state                            | ppermute of activations            |
 | `data`  | tokens; with ZeRO, state                            | all_gather, reduce-scatter         |
 | `node`  | tokens and experts: slow links of an expert group   | hop 1 of dispatch and combine      |
 | `local` | tokens and experts: fast links inside a node        | hop 2                              |
 
 Tokens are split over (`data`, `node`, `local`), routed experts over (`node`, `local`). Everything else
 is replicated there, or (ZeRO) stored split over the devices that would hold copies of it: the weights
-of routed experts over `data`, all others over (`data`, `node`, `local`) where a dimension divides.
+of routed experts over `data`, all others over (`data`, `node`, `local`) where a dimension divides, and both
+over `pipe` besides: the state knows nothing of stages.
 """
 
 import dataclasses
@@ -95,6 +96,8 @@ def _place(name: str, shape: tuple[int, ...], sizes: config.Mesh) -> Placement:
     if expert_dim is not None
     else [TOKENS, ('data', 'node'), ('data', 'local'), ('data',)]
   )
+  if sizes.pipe > 1:
+    groups = [('pipe', *axes) for axes in groups] + [('pipe',)] + groups
   for axes in groups:
     ways = int(np.prod([getattr(sizes, a) for a in axes]))
     dims = [d for d in range(stacked, len(shape)) if d != expert_dim and shape[d] % ways == 0]
@@ -110,6 +113,16 @@ def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:
   """
   names = [str(getattr(k, 'key', getattr(k, 'name', k))) for k in path]
   return tuple(n for n in names if n != 'value')
+
+
+def rows_here(device_mesh: jax.sharding.Mesh, rows: int) -> list[int]:
+  """Which of so many rows, split over TOKENS, lie on devices of this process: those it must read.
+
+  Neither one block nor this process's alone in general: a pod's mesh follows its torus, and processes that
+  differ along `pipe` alone hold the same rows.
+  """
+  at = NamedSharding(device_mesh, P(TOKENS)).addressable_devices_indices_map((rows,))
+  return sorted({row for (index,) in at.values() for row in range(rows)[index]})
 
 
 def shardings(mesh: jax.sharding.Mesh, specs: Any) -> Any:

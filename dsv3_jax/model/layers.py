@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsv3_jax import config
 from dsv3_jax.precision import recipe
 
 
@@ -41,9 +42,5 @@ class Ffn(nnx.Module):
     self.up_DF = normal(keys[1], (dim, hidden), std)
     self.down_FD = normal(keys[2], (hidden, dim), std)
 
-  def __call__(self, x_BLD: jax.Array) -> jax.Array:
-    gate_BLF = recipe.linear(x_BLD, self.gate_DF[...])
-    up_BLF = recipe.linear(x_BLD, self.up_DF[...])
-    gate_BLF = jax.ad_checkpoint.checkpoint_name(gate_BLF, 'ffn_hidden')
-    up_BLF = jax.ad_checkpoint.checkpoint_name(up_BLF, 'ffn_hidden')
-    return recipe.linear(jax.nn.silu(gate_BLF) * up_BLF, self.down_FD[...])
+  def __call__(self, c: config.Model, x_BLD: jax.Array) -> jax.Array:
+    return recipe.ffn(c.precision, x_BLD, self.gate_DF[...], self.up_DF[...], self.down_FD[...])

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import config
 from dsv3_jax.kernels.attention import causal_attention
+from dsv3_jax.kernels.mla_decode import mla_decode
 from dsv3_jax.model import rope
 from dsv3_jax.model.layers import normal, ones, rms_norm
 from dsv3_jax.precision import recipe
@@ -40,27 +41,35 @@ class Mla(nnx.Module):
 
   def __call__(self, c: config.Model, x_BLD: jax.Array) -> jax.Array:
     """Expanded causal attention over whole sequences at positions 0..L-1 -> [B, L, D]."""
+    return self.output(c, self.heads(c, x_BLD))
+
+  def heads(self, c: config.Model, x_BLD: jax.Array) -> jax.Array:
+    """What every head read -> [B, L, N, V]."""
     positions_L = jnp.arange(x_BLD.shape[1], dtype=jnp.int32)
     nope_BLNH, rope_BLNR = self._queries(c, x_BLD, positions_L[None])
     latent_BLC, k_rope_BLR = self.latents(c, x_BLD, positions_L[None])
-    k_nope_BLNH = recipe.linear(latent_BLC, self.k_up_CNH[...])
-    v_BLNV = recipe.linear(latent_BLC, self.v_up_CNV[...])
+    k_nope_BLNH = recipe.linear(c.precision, latent_BLC, self.k_up_CNH[...])
+    v_BLNV = recipe.linear(c.precision, latent_BLC, self.v_up_CNV[...])
     k_rope_BLNR = jnp.broadcast_to(k_rope_BLR[:, :, None], rope_BLNR.shape)
-    out_BLNV = causal_attention(
+    return causal_attention(
       jnp.concatenate([nope_BLNH, rope_BLNR], axis=3),
       jnp.concatenate([k_nope_BLNH, k_rope_BLNR], axis=3),
       v_BLNV,
       scale=rope.softmax_scale(c),
       block=c.mla.block,
+      stored=recipe.attention_stored(c.precision),
     )
-    return recipe.linear(out_BLNV, self.out_NVD[...], contract=2)
+
+  def output(self, c: config.Model, out_BLNV: jax.Array) -> jax.Array:
+    """The heads' results, projected and added up -> [B, L, D]."""
+    return recipe.linear(c.precision, out_BLNV, self.out_NVD[...], contract=2, stored='e5m6')
 
   def latents(
     self, c: config.Model, x_BLD: jax.Array, positions_BL: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """What a cache keeps: the normed latent [B, L, C] and the rotated shared key [B, L, R]."""
-    latent_BLC = checkpoint_name(recipe.linear(x_BLD, self.kv_down_DC[...]), 'latent')
-    k_rope_BLR = checkpoint_name(recipe.linear(x_BLD, self.k_rope_DR[...]), 'latent')
+    latent_BLC = checkpoint_name(recipe.linear(c.precision, x_BLD, self.kv_down_DC[...]), 'latent')
+    k_rope_BLR = checkpoint_name(recipe.linear(c.precision, x_BLD, self.k_rope_DR[...]), 'latent')
     k_rope_BLR = rope.rotate(k_rope_BLR, *rope.table(c, positions_BL))
     return rms_norm(latent_BLC, self.kv_norm_C[...], c.norm_eps), k_rope_BLR
 
@@ -68,39 +77,40 @@ class Mla(nnx.Module):
     self,
     c: config.Model,
     x_BLD: jax.Array,
-    latent_BMC: jax.Array,
-    k_rope_BMR: jax.Array,
+    pages_PMX: jax.Array,
+    table_BJ: jax.Array,
     positions_BL: jax.Array,
   ) -> jax.Array:
-    """Attention of queries at `positions_BL` over a latent cache whose entry m holds position m.
+    """Attention of queries at `positions_BL` over a latent cache in pages (`kernels.mla_decode`).
 
-    Entries after a query's position are hidden, so a cache may be longer than what it holds. The cache
-    must already contain the queries' own positions.
+    Entries after a query's position are hidden, so a table may be longer than what it holds. The cache
+    must already contain the queries' own positions. For prompts, a head multiplies 1,088 numbers for
+    each pair of tokens where the expanded form has 320 in V3; but that one would project the whole past
+    up again for every chunk, dearer as long as a chunk has less than about 170 tokens.
     """
     nope_BLNH, rope_BLNR = self._queries(c, x_BLD, positions_BL)
-    dot = lambda spec, *xs: jnp.einsum(spec, *xs, preferred_element_type=jnp.float32)
     weight = lambda w: w[...].astype(x_BLD.dtype)
     query_BLNC = jnp.einsum('BLNH,CNH->BLNC', nope_BLNH, weight(self.k_up_CNH))
-    score_BNLM = dot('BLNC,BMC->BNLM', query_BLNC, latent_BMC)
-    score_BNLM += dot('BLNR,BMR->BNLM', rope_BLNR, k_rope_BMR)
-    entry_M = jnp.arange(latent_BMC.shape[1], dtype=jnp.int32)
-    seen_BLM = entry_M[None, None, :] <= positions_BL[:, :, None]
-    score_BNLM = jnp.where(seen_BLM[:, None], score_BNLM * rope.softmax_scale(c), -jnp.inf)
-    prob_BNLM = jax.nn.softmax(score_BNLM).astype(x_BLD.dtype)
-    out_BLNC = jnp.einsum('BNLM,BMC->BLNC', prob_BNLM, latent_BMC)
-    out_BLNV = jnp.einsum('BLNC,CNV->BLNV', out_BLNC, weight(self.v_up_CNV))
-    return recipe.linear(out_BLNV, self.out_NVD[...], contract=2)
+    out_BLNC, _ = mla_decode(
+      jnp.concatenate([query_BLNC, rope_BLNR], axis=3),
+      pages_PMX,
+      table_BJ,
+      positions_BL,
+      rank=c.mla.kv_rank,
+      scale=rope.softmax_scale(c),
+    )
+    return self.output(c, jnp.einsum('BLNC,CNV->BLNV', out_BLNC, weight(self.v_up_CNV)))
 
   def _queries(
     self, c: config.Model, x_BLD: jax.Array, positions_BL: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """[B, L, N, H] without position and [B, L, N, R] rotated."""
     if c.mla.q_rank:
-      x_BLD = checkpoint_name(recipe.linear(x_BLD, self.q_down_DQ[...]), 'latent')
+      x_BLD = checkpoint_name(recipe.linear(c.precision, x_BLD, self.q_down_DQ[...]), 'latent')
       x_BLD = rms_norm(x_BLD, self.q_norm_Q[...], c.norm_eps)
     weight_DNJ = self.q_up_QNJ[...] if c.mla.q_rank else self.q_DNJ[...]
     # The weight is split, not its product: the gradient of a split pads and adds, dear on activations.
-    nope_BLNH = recipe.linear(x_BLD, weight_DNJ[..., : c.mla.nope_dim])
-    rope_BLNR = recipe.linear(x_BLD, weight_DNJ[..., c.mla.nope_dim :])
+    nope_BLNH = recipe.linear(c.precision, x_BLD, weight_DNJ[..., : c.mla.nope_dim])
+    rope_BLNR = recipe.linear(c.precision, x_BLD, weight_DNJ[..., c.mla.nope_dim :])
     cos_BLR, sin_BLR = rope.table(c, positions_BL)
     return nope_BLNH, rope.rotate(rope_BLNR, cos_BLR[:, :, None], sin_BLR[:, :, None])

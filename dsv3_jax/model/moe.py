@@ -8,6 +8,7 @@ Masked experts get -inf, not 0: biased scores may be negative (DeepSeek-V3 issue
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +17,28 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import config
-from dsv3_jax.kernels.expert_ffn import expert_ffn
 from dsv3_jax.model.layers import Ffn, RouterBias, normal
-from dsv3_jax.parallel.dispatch import dispatch
+from dsv3_jax.parallel.dispatch import Experts, Outputs, Traffic, Trip
+from dsv3_jax.precision import recipe
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routing:
-  """Statistics of one layer on one device's tokens."""
+  """What one layer chose on one device's rows; statistics of more rows are sums."""
 
+  ids_BLK: jax.Array  # int32: experts of each token, best first; where nobody asks XLA drops them
   counts_E: jax.Array  # int32: how many valid tokens chose each expert
   balance: jax.Array  # float32: sum over sequences of the sequence-wise loss, alpha excluded
+  traffic: Traffic | None  # where the tokens went, all of them; None until they are back
+
+
+def merge(a: Routing | None, b: Routing | None) -> Routing | None:
+  """Routing of one layer that saw its rows in two parts, a before b; a dense layer has none."""
+  if a is None or b is None:
+    return None
+  both = jax.tree.map(jnp.add, a, b)
+  return dataclasses.replace(both, ids_BLK=jnp.concatenate([a.ids_BLK, b.ids_BLK]))
 
 
 def route(
@@ -95,22 +106,61 @@ class Moe(nnx.Module):
     self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array
   ) -> tuple[jax.Array, Routing]:
     """shared(x) + sum of the chosen experts, without the residual; statistics over the valid tokens."""
+    trip, routing = self.start(c, x_BLD, valid_BL)
+    y_TD = trip.there_and_back(experts(c), self.expert_weights(c))
+    return self.finish(c, trip, y_TD, self.shared_output(c, x_BLD), routing)
+
+  def start(self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array) -> tuple[Trip, Routing]:
+    """Where every token goes; nothing has been sent yet, and the traffic is not known."""
     B, L, D = x_BLD.shape
     x_TD = x_BLD.reshape(-1, D)
     ids_TK, weight_TK, affinity_TE = route(c.moe, x_TD, self.router_DE[...], self.bias_E[...])
     ids_TK = checkpoint_name(ids_TK, 'routing')
     weight_TK = checkpoint_name(weight_TK, 'routing')
-    weights = [w[...].astype(x_TD.dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
-
-    def experts(x_tD: jax.Array, ids_tK: jax.Array, weight_tK: jax.Array) -> jax.Array:
-      how = 'reference' if c.moe.dispatch == 'dense' else 'xla'
-      return expert_ffn(x_tD, ids_tK, weight_tK, *weights, implementation=how)
-
-    y_BLD = dispatch(x_TD, ids_TK, weight_TK, experts, c.moe.num_experts).reshape(B, L, D)
-    if c.moe.num_shared:
-      y_BLD += self.shared(x_BLD)
     chosen_TKE = ids_TK[:, :, None] == jnp.arange(c.moe.num_experts, dtype=jnp.int32)[None, None]
     counts_E = jnp.sum(
       chosen_TKE & valid_BL.reshape(-1)[:, None, None], axis=(0, 1), dtype=jnp.int32
     )
-    return y_BLD, Routing(counts_E, balance_loss(c.moe, affinity_TE.reshape(B, L, -1), valid_BL))
+    balance = balance_loss(c.moe, affinity_TE.reshape(B, L, -1), valid_BL)
+    trip = Trip.start(c.moe, x_TD, ids_TK, weight_TK)
+    return trip, Routing(ids_TK.reshape(B, L, -1), counts_E, balance, None)
+
+  def expert_weights(self, c: config.Model) -> list[jax.Array]:
+    """What `experts` takes first: the matrices of this device's experts."""
+    dtype = recipe.weight_dtype(c.precision)
+    return [w[...].astype(dtype) for w in (self.gate_EDF, self.up_EDF, self.down_EFD)]
+
+  def shared_output(self, c: config.Model, x_BLD: jax.Array) -> jax.Array:
+    return self.shared(c, x_BLD) if c.moe.num_shared else jnp.zeros_like(x_BLD)
+
+  def finish(
+    self,
+    c: config.Model,
+    trip: Trip,
+    y_TD: jax.Array,
+    shared_BLD: jax.Array,
+    routing: Routing,
+  ) -> tuple[jax.Array, Routing]:
+    """Adds what came in further rounds, and the shared experts."""
+    y_TD, traffic = trip.finish(y_TD, experts(c), self.expert_weights(c))
+    return y_TD.reshape(shared_BLD.shape) + shared_BLD, dataclasses.replace(
+      routing, traffic=traffic
+    )
+
+
+def experts(c: config.Model) -> Experts:
+  """How this device's experts are run, as the dispatch calls it."""
+  how = 'reference' if c.moe.dispatch.form == 'dense' else 'xla'
+  return functools.partial(_experts, c.precision, how)
+
+
+def _experts(
+  precision: str,
+  how: str,
+  weights: list[jax.Array],
+  x_tD: jax.Array,
+  ids_tK: jax.Array,
+  weight_tK: jax.Array,
+  bound: int | None,
+) -> Outputs:
+  return recipe.expert_slots(precision, how, x_tD, ids_tK, weight_tK, *weights, bound=bound)

@@ -3,6 +3,9 @@
 Model code is what one device does inside the step's shard_map. Stacks are scanned; only per-layer
 statistics leave the scan. With ZeRO-3 weights arrive split, and `unshard` gathers one layer's where
 that layer runs, inside its remat region, so the backward gathers again instead of keeping them.
+
+With `dual_batch` a layer runs on two halves of the rows out of step (3.4.1, there for prefill): while one
+half's tokens travel, the other computes, forward and backward. Its weights are gathered once for both.
 """
 
 from collections.abc import Callable
@@ -15,6 +18,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_policies
 
 from dsv3_jax import config
+from dsv3_jax.model import dual
 from dsv3_jax.model.layers import Ffn, normal, ones, rms_norm
 from dsv3_jax.model.mla import Mla
 from dsv3_jax.model.moe import Moe, Routing
@@ -22,6 +26,8 @@ from dsv3_jax.precision import recipe
 
 # (name of the part, module with weights as stored) -> module with whole weights.
 Unshard = Callable[[str, Any], Any]
+# This device's rows as they go through the layers: all together, or two halves.
+Parts = tuple[jax.Array, ...]
 
 
 def whole(name: str, module: Any) -> Any:
@@ -43,19 +49,34 @@ class Block(nnx.Module):
   def __call__(
     self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array
   ) -> tuple[jax.Array, Routing | None]:
-    x_BLD += self.attn(c, rms_norm(x_BLD, self.attn_norm_D[...], c.norm_eps))
-    x_BLD = jax.ad_checkpoint.checkpoint_name(x_BLD, 'residual')
-    return self.feed_forward(c, x_BLD, valid_BL)
+    return self.feed_forward(c, self.attend(c, x_BLD), valid_BL)
+
+  def attend(self, c: config.Model, x_BLD: jax.Array) -> jax.Array:
+    """First half: x + attn(norm(x))."""
+    return self.add_attention(c, x_BLD, self.heads(c, x_BLD))
+
+  def heads(self, c: config.Model, x_BLD: jax.Array) -> jax.Array:
+    """The dear part of attention -> [B, L, N, V]."""
+    return self.attn.heads(c, rms_norm(x_BLD, self.attn_norm_D[...], c.norm_eps))
+
+  def add_attention(self, c: config.Model, x_BLD: jax.Array, out_BLNV: jax.Array) -> jax.Array:
+    return jax.ad_checkpoint.checkpoint_name(x_BLD + self.attn.output(c, out_BLNV), 'residual')
 
   def feed_forward(
     self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array
   ) -> tuple[jax.Array, Routing | None]:
     """Second half: x + ffn(norm(x))."""
+    y_BLD, routing = self.branch(c, x_BLD, valid_BL)
+    return x_BLD + y_BLD, routing
+
+  def branch(
+    self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array
+  ) -> tuple[jax.Array, Routing | None]:
+    """What the second half adds: ffn(norm(x))."""
     normed_BLD = rms_norm(x_BLD, self.ffn_norm_D[...], c.norm_eps)
     if isinstance(self.ffn, Ffn):
-      return x_BLD + self.ffn(normed_BLD), None
-    y_BLD, routing = self.ffn(c, normed_BLD, valid_BL)
-    return x_BLD + y_BLD, routing
+      return self.ffn(c, normed_BLD), None
+    return self.ffn(c, normed_BLD, valid_BL)
 
 
 class Mtp(nnx.Module):
@@ -75,9 +96,24 @@ class Mtp(nnx.Module):
 
   def join(self, c: config.Model, hidden_BLD: jax.Array, embed_BLD: jax.Array) -> jax.Array:
     """h' of eq. 21: input of the block."""
-    embed_BLD = rms_norm(embed_BLD, self.embed_norm_D[...], c.norm_eps)
-    hidden_BLD = rms_norm(hidden_BLD, self.hidden_norm_D[...], c.norm_eps)
-    return recipe.linear(jnp.concatenate([embed_BLD, hidden_BLD], axis=2), self.proj_XD[...])
+    norms = self.embed_norm_D[...], self.hidden_norm_D[...]
+    return join(c, hidden_BLD, embed_BLD, *norms, self.proj_XD[...])
+
+
+def join(
+  c: config.Model,
+  hidden_BLD: jax.Array,
+  embed_BLD: jax.Array,
+  embed_norm_D: jax.Array,
+  hidden_norm_D: jax.Array,
+  proj_XD: jax.Array,
+) -> jax.Array:
+  """h' of eq. 21, of an MTP module's weights."""
+  embed_BLD = rms_norm(embed_BLD, embed_norm_D, c.norm_eps)
+  hidden_BLD = rms_norm(hidden_BLD, hidden_norm_D, c.norm_eps)
+  joined_BLX = jnp.concatenate([embed_BLD, hidden_BLD], axis=2)
+  # Not in FP8: the released weights keep this matrix in BF16.
+  return recipe.linear(recipe.serving(c.precision), joined_BLX, proj_XD)
 
 
 class Transformer(nnx.Module):
@@ -126,12 +162,13 @@ class Transformer(nnx.Module):
 
       def run(stored: Any, hidden_BLD: jax.Array, embed_BLD: jax.Array, valid_BL=valid_BL) -> Any:
         module = unshard('mtp', stored)
-        x_BLD = module.join(c, hidden_BLD, embed_BLD)
-        x_BLD, routing = module.block(c, x_BLD, valid_BL)
+        parts = _parts(c, module.join(c, hidden_BLD, embed_BLD))
+        parts, routing = _run_block(c, module.block, parts, _parts(c, valid_BL))
+        x_BLD = jnp.concatenate(parts)
         return rms_norm(x_BLD, module.out_norm_D[...], c.norm_eps), routing
 
       embed_BLD = jnp.roll(embed_BLD, -1, axis=1)
-      hidden_BLD, routing = _remat(c, run, scanned=False)(stored, hidden_BLD, embed_BLD)
+      hidden_BLD, routing = remat(c, run, scanned=False)(stored, hidden_BLD, embed_BLD)
       hiddens.append(hidden_BLD)
       routings.append(routing)
     return hiddens, jax.tree.map(lambda *xs: jnp.stack(xs), *routings)
@@ -140,16 +177,46 @@ class Transformer(nnx.Module):
 def _scan(
   c: config.Model, name: str, layers: Block, x_BLD: jax.Array, valid_BL: jax.Array, unshard: Unshard
 ) -> tuple[jax.Array, Routing | None]:
-  def body(x_BLD: jax.Array, stored: Block) -> tuple[jax.Array, Routing | None]:
-    return unshard(name, stored)(c, x_BLD, valid_BL)
+  valids = _parts(c, valid_BL)
 
-  return lax.scan(_remat(c, body, scanned=True), x_BLD, layers, unroll=c.unroll)
+  def body(parts: Parts, stored: Block) -> tuple[Parts, Routing | None]:
+    return _run_block(c, unshard(name, stored), parts, valids)
+
+  body = remat(c, body, scanned=True)
+  parts, routing = lax.scan(body, _parts(c, x_BLD), layers, unroll=c.unroll)
+  return jnp.concatenate(parts), routing
 
 
-def _remat(c: config.Model, body: Callable[..., Any], *, scanned: bool) -> Callable[..., Any]:
+def _parts(c: config.Model, x_BX: jax.Array) -> Parts:
+  """The rows that go through a layer together: all, or with `dual_batch` one half and the other."""
+  if not c.dual_batch:
+    return (x_BX,)
+  B = len(x_BX)
+  if B % 2:
+    right = 'give each device an even number of them, or set it to False'
+    raise config.ConfigError(f'model.dual_batch = True: cannot halve {B} rows per device; {right}')
+  return x_BX[: B // 2], x_BX[B // 2 :]
+
+
+def _run_block(
+  c: config.Model, block: Block, parts: Parts, valids: Parts
+) -> tuple[Parts, Routing | None]:
+  """One block on all parts; statistics of all rows."""
+  if not c.dual_batch:
+    x_BLD, routing = block(c, *parts, *valids)
+    return (x_BLD,), routing
+  if isinstance(block.ffn, Ffn):  # nothing is exchanged
+    return tuple(
+      block(c, x_BLD, valid_BL)[0] for x_BLD, valid_BL in zip(parts, valids, strict=True)
+    ), None
+  return dual.run(c, block, parts, valids)
+
+
+def remat(c: config.Model, body: Callable[..., Any], *, scanned: bool) -> Callable[..., Any]:
   """'block' keeps a block's input alone; 'latents' (3.3.3) also what is dear to compute and small to keep.
 
-  Recomputed under 'latents': every RMSNorm, the up-projections of MLA, SwiGLU's product.
+  Recomputed under 'latents': every RMSNorm, the up-projections of MLA, SwiGLU's product. Tokens that were
+  sent to experts are kept as they came, so that the backward does not send them again.
   """
   if c.remat == 'none':
     return body
@@ -158,6 +225,6 @@ def _remat(c: config.Model, body: Callable[..., Any], *, scanned: bool) -> Calla
   apart = not scanned or c.unroll > 1
   if c.remat == 'block':
     return jax.checkpoint(body, prevent_cse=apart)
-  names = ('latent', 'attn_out', 'attn_lse', 'residual', 'routing', 'ffn_hidden')
+  names = ('latent', 'attn_out', 'attn_lse', 'residual', 'routing', 'dispatched', 'ffn_hidden')
   policy = checkpoint_policies.save_only_these_names(*names)
   return jax.checkpoint(body, prevent_cse=apart, policy=policy)

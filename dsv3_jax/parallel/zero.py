@@ -9,6 +9,7 @@ Gathers move the compute dtype, not FP32. Bytes received per device and gather o
 split w ways: n (w-1)/w times the size of that dtype.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax import compat
-from dsv3_jax.mesh import TOKENS, Placement, path_names
+from dsv3_jax.mesh import AXES, Placement, path_names
 
 # Kept in FP32: the router decides near ties, the embedding's gradient adds up many rows.
 _NOT_CAST = ('router_DE', 'embed_VD')
@@ -50,12 +51,21 @@ def gather(
     at = placements.get(names)
     if at is None or at.zero_dim is None:
       return x
-    if names[-1] not in _NOT_CAST:
-      x = x.astype(dtype)
+    x = cast(names[-1], x, dtype)
     # [.., n/w, ..] on each of zero_axes -> [.., n, ..], the same everywhere, typed as varying.
     return lax.all_gather(x, at.zero_axes, axis=at.zero_dim - stacked, tiled=True)
 
   return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def by_layer(placements: Placements, dtype: jnp.dtype) -> Callable[[str, Any], Any]:
+  """(name of a stack, one layer of it as stored) -> its weights, whole."""
+  return lambda name, module: gather(module, placements, dtype, prefix=(name,), stacked=1)
+
+
+def cast(name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """A weight in the dtype it is gathered in."""
+  return x if name in _NOT_CAST else x.astype(dtype)
 
 
 def reduce(grads: Any, placements: Placements, *, scattered: bool) -> Any:
@@ -66,7 +76,8 @@ def reduce(grads: Any, placements: Placements, *, scattered: bool) -> Any:
 
   def one(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
     at = placements[path_names(path)]
-    g = lax.psum(g, tuple(a for a in at.copies if a not in at.zero_axes))
+    over = at.copies + (('pipe',) if 'pipe' in compat.varying_axes(g) else ())
+    g = lax.psum(g, tuple(a for a in over if a not in at.zero_axes))
     if at.zero_dim is None or scattered:
       return g
     return lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
@@ -78,6 +89,6 @@ def global_norm(tree: Any) -> jax.Array:
   """L2 norm over all elements of a tree of device-local parts; one psum per kind of split."""
   squares: dict[tuple[str, ...], jax.Array] = {}
   for x in jax.tree.leaves(tree):
-    axes = tuple(a for a in TOKENS if a in compat.varying_axes(x))
+    axes = tuple(a for a in AXES if a in compat.varying_axes(x))
     squares[axes] = squares.get(axes, 0.0) + jnp.sum(jnp.square(x.astype(jnp.float32)))
   return jnp.sqrt(sum(lax.psum(s, axes) if axes else s for axes, s in squares.items()))

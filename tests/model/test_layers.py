@@ -28,17 +28,17 @@ def test_ffn_equals_the_oracle():
   ffn = layers.Ffn(32, 24, 0.2, jax.random.key(0))
   w = {name: np.float64(getattr(ffn, name)[...]) for name in ('gate_DF', 'up_DF', 'down_FD')}
   x = _normal(2, 5, 32)
-  parity.assert_close(ffn(jnp.asarray(x)), oracle.swiglu(np.float64(x), **w))
+  parity.assert_close(ffn(parity.small().model, jnp.asarray(x)), oracle.swiglu(np.float64(x), **w))
 
 
 def test_linear_contracts_the_last_dimensions_with_the_first():
   x, weight = _normal(2, 5, 3, 4), _normal(3, 4, 6, 7)
-  got = recipe.linear(jnp.asarray(x), jnp.asarray(weight), contract=2)
+  got = recipe.linear('fp32', jnp.asarray(x), jnp.asarray(weight), contract=2)
   parity.assert_close(got, np.einsum('blnv,nvxy->blxy', np.float64(x), np.float64(weight)))
 
 
 def test_linear_computes_in_the_dtype_of_its_input():
   x, weight = jnp.asarray(_normal(5, 32), jnp.bfloat16), _normal(32, 8)
-  got = recipe.linear(x, jnp.asarray(weight))
+  got = recipe.linear('bf16', x, jnp.asarray(weight))
   assert got.dtype == jnp.bfloat16
   parity.assert_close(got, np.float64(x) @ np.float64(weight), parity.LIMIT['bfloat16'])

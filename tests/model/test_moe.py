@@ -92,12 +92,24 @@ def test_balance_loss_of_even_affinities_is_one_a_sequence():
   assert float(got) == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.parametrize('seed', range(3))
+def test_tokens_of_v3_need_3_97_nodes_and_7_5_devices_on_average_and_never_a_fifth_node(seed):
+  c = config.Moe()
+  affinity_TE = jnp.asarray(np.random.default_rng(seed).normal(size=(4096, 256)), jnp.float32)
+  ids_TK, _, _ = _route(c)(affinity_TE, jnp.eye(256), jnp.zeros(256))
+  members = lambda experts: [len(set(token)) for token in np.asarray(ids_TK) // experts]
+  nodes, devices = members(32), members(4)  # 8 nodes of 8 devices
+  assert max(nodes) == 4
+  assert np.mean(nodes) == pytest.approx(3.97, abs=0.02)
+  assert np.mean(devices) == pytest.approx(7.5, abs=0.05)
+
+
 _LAYERS = {
   'one_shared': {},
   'no_shared': {'model.moe.num_shared': 0},
   'two_shared': {'model.moe.num_shared': 2},
-  'v2': {f'model.moe.{k}': v for k, v in _V2.items()},
-  'every_expert_on_every_token': {'model.moe.dispatch': 'dense'},
+  'v2': {f'model.moe.{k}': v for k, v in _V2.items()} | {'objective.bias_speed': 0.0},
+  'every_expert_on_every_token': {'model.moe.dispatch.form': 'dense'},
 }
 
 

@@ -29,6 +29,7 @@ _CASES = {
     'model.moe.route_scale': 16.0,
     'model.moe.num_shared': 2,
     'model.mtp_depth': 0,
+    'objective.bias_speed': 0.0,
   },
   'yarn_two_mtp_depths_no_shared': {
     'model.max_length': 128,

@@ -1,0 +1,205 @@
+"""The exchange as compilers for real pods make it: what crosses between nodes, and beside what."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import parity
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax import config, mesh, pods
+from dsv3_jax.codesign import hlo
+from dsv3_jax.compat import vary
+from dsv3_jax.mesh import TOKENS
+from dsv3_jax.model.moe import Moe
+from dsv3_jax.parallel import plan
+
+_HAS_GPU = importlib.util.find_spec('jax_cuda13_plugin') is not None
+_HAS_TPU = importlib.util.find_spec('libtpu') is not None
+pytestmark = [
+  pytest.mark.skipif(not _HAS_GPU, reason='no GPU compiler here (extra [cuda])'),
+  pytest.mark.xdist_group('pods'),
+]
+
+# ---- bytes, at the sizes of V3 on 64 GPUs --------------------------------------------------------
+
+
+def _v3(form: str, payload: str) -> config.Config:
+  c = config.default()
+  c.model.moe.dispatch.update(form=form, payload=payload)
+  c.mesh.update(node=8, local=8, zero=0)
+  return config.freeze(c)
+
+
+@functools.cache
+def _collectives(form: str, payload: str) -> list[hlo.Collective]:
+  """Of one layer's forward pass; those in a loop are a further round's."""
+  c = _v3(form, payload)
+  device_mesh = pods.make_mesh(c.mesh, 'h200:8x8')
+  ffn = jax.eval_shape(lambda: Moe(c.model, jax.random.key(0)))
+  placements = mesh.place(ffn, c.mesh)
+  specs = jax.tree.map(
+    lambda at: at.spec, placements, is_leaf=lambda x: isinstance(x, mesh.Placement)
+  )
+  shape = lambda x, spec, dtype: jax.ShapeDtypeStruct(
+    x.shape, dtype, sharding=NamedSharding(device_mesh, spec)
+  )
+  ffn = jax.tree.map(
+    lambda x, s: shape(x, s, jnp.bfloat16 if x.ndim > 2 else jnp.float32), ffn, specs
+  )
+  x_BLD = jax.ShapeDtypeStruct((64, 4096, 7168), jnp.bfloat16)
+
+  def run(ffn: Moe, x_bLD: jax.Array) -> jax.Array:
+    return ffn(c.model, x_bLD, vary(jnp.ones(x_bLD.shape[:2], bool), TOKENS))[0]
+
+  mapped = jax.shard_map(run, mesh=device_mesh, in_specs=(specs, P(TOKENS)), out_specs=P(TOKENS))
+  lowered = jax.jit(mapped).lower(ffn, shape(x_BLD, P(TOKENS), jnp.bfloat16))
+  text = pods.compile(lowered, 'h200:8x8').as_text()
+  return hlo.collectives(text, dict(device_mesh.shape))
+
+
+def _bytes_sent(form: str, payload: str) -> tuple[dict[str, float], dict[str, float]]:
+  """Bytes of permutes by axis, of the first round and of a further one."""
+  found = _collectives(form, payload)
+  return (
+    hlo.bytes_by_axis(each for each in found if not each.loops),
+    hlo.bytes_by_axis(each for each in found if each.loops),
+  )
+
+
+@pytest.mark.parametrize(('form', 'payload'), [('two_hop', 'fp8'), ('flat', 'bf16')])
+def test_at_v3_s_sizes_a_device_sends_the_bytes_of_the_plan(form, payload):
+  expected = plan.make(_v3(form, payload).model.moe, form, 4096, 8, 8).bytes(7168, 'bfloat16')
+  # A permute of flat moves along both axes; what counts is what crosses between nodes.
+  axes = ('node', 'local') if form == 'two_hop' else ('node',)
+  for sent in _bytes_sent(form, payload):
+    assert [sent[a] for a in axes] == pytest.approx([expected[a] for a in axes])
+
+
+def test_two_hops_in_fp8_send_a_quarter_of_flat_bf16_between_nodes_on_the_way_out():
+  back = {'two_hop': 7 * 2560 * 2 * 7168, 'flat': 56 * 640 * 2 * 7168}
+  out = {
+    f: _bytes_sent(f, p)[0]['node'] - back[f] for f, p in (('two_hop', 'fp8'), ('flat', 'bf16'))
+  }
+  assert out['two_hop'] == pytest.approx(
+    130_314_240
+  )  # 411 MB: one row per token and expert, unpadded
+  assert out['two_hop'] / out['flat'] < 0.26
+
+
+def test_ragged_compiles_to_one_exchange_there_and_one_back_without_permutes():
+  found = _collectives('ragged', 'fp8')
+  moves = [each for each in found if each.kind == 'ragged-all-to-all' and not each.loops]
+  choices, received = 8 * 4096, 40_960  # rows that a device may send; its buffer at capacity 1.25
+  assert [each.operand_bytes for each in moves] == [choices * 7272, received * 2 * 7168]
+  assert all(each.axes == ('node', 'local') for each in moves)
+  assert not any(each.kind == 'collective-permute' for each in found)
+
+
+# ---- overlap -------------------------------------------------------------------------------------
+
+_PARALLEL = {'xla_gpu_experimental_parallel_collective_overlap_limit': 8}
+_SYNCHRONOUS = {'xla_gpu_disable_async_collectives': 'COLLECTIVEPERMUTE'}
+
+
+def _layers(dual: bool) -> config.Config:
+  """A dense layer and a scan over two MoE layers, 2,048 wide, on 2 x 4 GPUs."""
+  sizes = {
+    'model.precision': 'bf16',
+    'model.dual_batch': dual,
+    'model.vocab_size': 1024,
+    'model.dim': 2048,
+    'model.ffn_dim': 4096,
+    'model.max_length': 4096,
+    'model.mtp_depth': 0,
+    'model.mla.num_heads': 16,
+    'model.mla.q_rank': 1536,
+    'model.mla.kv_rank': 512,
+    'model.mla.nope_dim': 128,
+    'model.mla.rope_dim': 64,
+    'model.mla.v_dim': 128,
+    'model.mla.block': 512,
+    'model.rope.original_length': 4096,
+    'model.moe.num_experts': 32,
+    'model.moe.expert_dim': 1024,
+    'model.moe.top_k': 4,
+    'model.moe.num_groups': 2,
+    'model.moe.top_groups': 2,
+    'model.moe.dispatch.payload': 'fp8',
+    'batch.seq_len': 1024,
+    'batch.size': 16,
+    'batch.start_size': 16,
+    'batch.micro_size': 16,
+    'mesh.node': 2,
+    'mesh.local': 4,
+    'mesh.zero': 0,
+  }
+  return parity.small(sizes)
+
+
+@functools.cache
+def _permutes(target: str, dual: bool, **options) -> list[hlo.Overlap]:
+  """Of forward and backward of the scanned layers; further rounds, loops inside, left out."""
+  c = _layers(dual)
+  device_mesh = pods.make_mesh(c.mesh, target)
+  at = parity.layout(c)
+  specs = at.specs(c)
+
+  def run(params, router_bias, tokens_bL):
+    def loss(params):
+      model = at.module(params, router_bias)
+      hidden_bLD, _ = model.hidden(c.model, model.embed(c.model, tokens_bL))
+      return jnp.sum(hidden_bLD.astype(jnp.float32) ** 2)
+
+    grads = jax.grad(loss)(vary(params, TOKENS))
+    return jax.tree.map(lambda g, at: lax.psum(g, at.copies), grads, at.placements)
+
+  def shape(x, spec):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(device_mesh, spec))
+
+  params = jax.tree.map(shape, at.params, specs['params'])
+  bias = jax.tree.map(shape, at.router_bias, specs['router_bias'])
+  rows = NamedSharding(device_mesh, P(TOKENS))
+  tokens_BL = jax.ShapeDtypeStruct((16, 1024), jnp.int32, sharding=rows)
+  in_specs = specs['params'], specs['router_bias'], P(TOKENS)
+  mapped = jax.shard_map(run, mesh=device_mesh, in_specs=in_specs, out_specs=specs['params'])
+  lowered = jax.jit(mapped).lower(params, bias, tokens_BL)
+  text = pods.compile(lowered, target, **options).as_text()
+  depth = {each.name: len(each.loops) for each in hlo.collectives(text, dict(device_mesh.shape))}
+  found = [each for each in hlo.overlaps(text) if each.kind == 'collective-permute']
+  return [each for each in found if depth[each.name] == 1]
+
+
+def _beside_a_matmul(found: list[hlo.Overlap]) -> float:
+  return sum(each.asynchronous and each.matmuls > 0 for each in found) / len(found)
+
+
+# A TPU shares its links out by itself; its program takes minutes to compile.
+_NEEDS_TPU = pytest.mark.skipif(not _HAS_TPU, reason='no libtpu here (extra [tpu])')
+_EACH = pytest.mark.parametrize(
+  ('target', 'options'),
+  [('h200:2x4', _PARALLEL), pytest.param('v5p:2x2x2', {}, marks=_NEEDS_TPU)],
+  ids=['h200', 'v5p'],
+)
+
+
+@_EACH
+def test_with_two_halves_four_fifths_of_all_permutes_stand_beside_a_matmul(target, options):
+  found = _permutes(target, True, **options)
+  assert (
+    len(found) == 2 * 2 * 8
+  )  # forward and backward, two halves, a permute or three for each hop
+  assert _beside_a_matmul(found) >= 0.8
+
+
+@_EACH
+def test_undivided_rows_hide_clearly_fewer(target, options):
+  assert _beside_a_matmul(_permutes(target, False, **options)) < 0.6
+
+
+def test_with_asynchrony_switched_off_none_is_hidden():
+  assert _beside_a_matmul(_permutes('h200:2x4', True, **_SYNCHRONOUS)) == 0
