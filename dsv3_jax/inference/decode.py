@@ -1,17 +1,19 @@
-"""Prefill and decode of the main model over a latent cache, one shard_map each, as in training.
+"""One step of generation over the paged latent cache, as one shard_map: forward, choice, drafts.
 
-  prefill   whole prompts, padded to one length; expanded attention, which multiplies 320 numbers a
-            head for each pair of tokens in V3 and not 1,088; latents go to the cache
-            -> logits behind each prompt
-  decode    a few tokens per sequence at its own positions; absorbed attention over the cache, which is
-            all it reads of the past -> logits behind each token
+  1. The main model runs L tokens of every row at positions start .. start + count - 1: a chunk of a
+     prompt, or the last token of a sequence and the drafts behind it.
+  2. What follows each of them is chosen from its logits. A draft is accepted where it is what was chosen
+     behind the token before it, so the tokens of a sequence are the ones that plain decoding would
+     choose, greedy or drawn: the choice looks at the main model, the seed and the position alone.
+  3. The MTP module (2.2) runs the accepted positions on the main model's hidden states and the tokens
+     chosen behind them, and drafts what comes next. Drafts further ahead come from the module run again
+     on its own output, behind its norm, at the next position (its cache entry there is overwritten once
+     the token is known).
 
-Sequences are split over (`data`, `node`, `local`), routed experts over (`node`, `local`); all other
-weights are whole on every device. What comes behind a prompt's end in its padded row is hidden: by
-causality in prefill, by position in decode until the sequence's own tokens overwrite it. Every layer
-treats tokens one by one but for attention, so neither padding nor neighbours change a sequence.
-
-MTP modules are not run. Prompts are not cut into chunks.
+Prompts and decoding are the same function at two shapes. Attention is absorbed in both. Sequences are
+split over (`data`, `node`, `local`), each row's pages lie on its device, routed experts are split over
+(`node`, `local`); all other weights are whole on every device. Rows beyond `count` compute on what
+stands there and leave nothing behind.
 """
 
 import dataclasses
@@ -22,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,124 +31,209 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax import config, mesh
 from dsv3_jax.inference import cache as latent_cache
 from dsv3_jax.inference.cache import Cache
-from dsv3_jax.inference.sampling import Sampling, sample
+from dsv3_jax.inference.sampling import Samplings, sample
+from dsv3_jax.kernels.mla_decode import PAGE
 from dsv3_jax.model.layers import rms_norm
-from dsv3_jax.model.mla import Mla
-from dsv3_jax.model.transformer import Block, Transformer
+from dsv3_jax.model.transformer import Block, Mtp, Transformer
+from dsv3_jax.parallel import dispatch
 from dsv3_jax.precision import recipe
 
-# (attention, its normed input [B, L, D], cache, number of the layer) -> (output [B, L, D], cache).
-Attend = Callable[[Mla, jax.Array, Cache, jax.Array], tuple[jax.Array, Cache]]
+TOP = 20  # most probable tokens that can be told beside the chosen one, as the OpenAI API has it
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """What a step runs."""
+
+  tokens_BL: jax.Array
+  start_B: jax.Array  # position of the first of them
+  count_B: jax.Array  # of them that are there; 0: an empty row
+  table_BJ: jax.Array  # pages on the row's own device
+  next_B: jax.Array  # of prompts: the token behind the last of them, or -1 where it is to be chosen
+  samplings: Samplings
+  top: jax.Array  # bool []: whether anybody asks for the most probable tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """What came of it. Of prompts, L is 1: behind the last token of the chunk."""
+
+  tokens_BL: jax.Array  # int32: chosen behind each token
+  accepted_B: jax.Array  # int32: drafts that were right; so many and one more of the tokens count
+  drafts_BK: jax.Array  # int32: of the tokens behind those
+  logprob_BL: jax.Array  # float32, of the model as it is, whatever the temperature
+  top_ids_BLT: jax.Array
+  top_logprobs_BLT: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+  """What a program is compiled for, besides shapes."""
+
+  prompt: bool
+  drafts: int
+  vocab_size: int  # tokens below it can be chosen
 
 
 # ---- what one device does ------------------------------------------------------------------------
 
 
-def prefill(
-  c: config.Model, model: Transformer, tokens_BL: jax.Array, length_B: jax.Array, cache: Cache
+def step(
+  c: config.Model, how: How, model: Transformer, rows: Rows, cache: Cache
+) -> tuple[Chosen, Cache]:
+  L = rows.tokens_BL.shape[1]
+  offset_1L = jnp.arange(L, dtype=jnp.int32)[None]
+  positions_BL = rows.start_B[:, None] + offset_1L
+  valid_BL = offset_1L < rows.count_B[:, None]
+  last_B = jnp.maximum(rows.count_B - 1, 0)
+  run = functools.partial(_run, c, rows.table_BJ)
+  # ---- 1. main model -----------------------------------------------------------------------------
+  x_BLD = model.embed(c, rows.tokens_BL)
+  if c.num_dense_layers:
+    x_BLD, cache = run(model.dense_layers, 0, x_BLD, positions_BL, valid_BL, cache)
+  x_BLD, cache = run(model.moe_layers, c.num_dense_layers, x_BLD, positions_BL, valid_BL, cache)
+  hidden_BLD = rms_norm(x_BLD, model.final_norm_D[...], c.norm_eps)
+  # ---- 2. choice ---------------------------------------------------------------------------------
+  if how.prompt:
+    logits_BLV = _logits(c, how, model, _at(hidden_BLD, last_B))
+    tokens_BL = _sample(rows.samplings, logits_BLV, _at(positions_BL, last_B) + 1)
+    behind_B1 = jnp.where(rows.next_B < 0, tokens_BL[:, 0], rows.next_B)[:, None]
+    rolled_BL = jnp.roll(rows.tokens_BL, -1, axis=1)
+    behind_BL = jnp.where(offset_1L == last_B[:, None], behind_B1, rolled_BL)
+    accepted_B = jnp.zeros_like(rows.count_B)
+    sure_BL, newest_B = valid_BL, last_B
+  else:
+    logits_BLV = _logits(c, how, model, hidden_BLD)
+    tokens_BL = behind_BL = _sample(rows.samplings, logits_BLV, positions_BL + 1)
+    right_BL = (rows.tokens_BL[:, 1:] == tokens_BL[:, :-1]) & valid_BL[:, 1:]
+    accepted_B = jnp.sum(jnp.cumprod(right_BL.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+    sure_BL, newest_B = valid_BL & (offset_1L <= accepted_B[:, None]), accepted_B
+  logprob_BL, top_ids, top_logprobs = _logprobs(rows.top, logits_BLV, tokens_BL)
+  # ---- 3. drafts ---------------------------------------------------------------------------------
+  drafts = []
+  if how.drafts:
+    x_BLD, at_BL, there_BL, token_BL = hidden_BLD, positions_BL, sure_BL, behind_BL
+    for k in range(how.drafts):
+      x_BLD, cache = _mtp(c, model, rows.table_BJ, x_BLD, token_BL, at_BL, there_BL, cache)
+      if not k:  # only the newest position goes on
+        x_BLD, at_BL, there_BL = (_at(x, newest_B) for x in (x_BLD, at_BL, there_BL))
+      token_BL = _sample(rows.samplings, _logits(c, how, model, x_BLD), at_BL + 2)
+      drafts.append(token_BL)
+      at_BL = at_BL + 1
+  drafts_BK = jnp.concatenate(drafts, axis=1) if drafts else tokens_BL[:, :0]
+  return Chosen(tokens_BL, accepted_B, drafts_BK, logprob_BL, top_ids, top_logprobs), cache
+
+
+def _run(
+  c: config.Model,
+  table_BJ: jax.Array,
+  layers: Block,
+  first: int,
+  x_BLD: jax.Array,
+  positions_BL: jax.Array,
+  valid_BL: jax.Array,
+  cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-  """Runs prompts of `length_B` tokens -> logits behind each one's last token, FP32 [B, V]."""
-  positions_1L = jnp.arange(tokens_BL.shape[1], dtype=jnp.int32)[None]
-
-  def attend(attn: Mla, x_BLD: jax.Array, cache: Cache, y: jax.Array) -> tuple[jax.Array, Cache]:
-    # `attn` computes the same latents once more; the compiler merges the two.
-    cache = cache.store_prompt(y, *attn.latents(c, x_BLD, positions_1L))
-    return attn(c, x_BLD), cache
-
-  x_BLD, cache = _layers(c, model, tokens_BL, cache, attend)
-  x_B1D = jnp.take_along_axis(x_BLD, (length_B - 1)[:, None, None], axis=1)
-  return _logits(c, model, x_B1D)[:, 0], cache
-
-
-def decode(
-  c: config.Model, model: Transformer, tokens_BL: jax.Array, positions_BL: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-  """Runs tokens at `positions_BL`, each after all that the cache holds before it -> logits FP32 [B, L, V]."""
-
-  def attend(attn: Mla, x_BLD: jax.Array, cache: Cache, y: jax.Array) -> tuple[jax.Array, Cache]:
-    cache = cache.store(y, positions_BL, *attn.latents(c, x_BLD, positions_BL))
-    return attn.absorbed(c, x_BLD, *cache.layer(y), positions_BL), cache
-
-  x_BLD, cache = _layers(c, model, tokens_BL, cache, attend)
-  return _logits(c, model, x_BLD), cache
-
-
-def _layers(
-  c: config.Model, model: Transformer, tokens_BL: jax.Array, cache: Cache, attend: Attend
-) -> tuple[jax.Array, Cache]:
-  """Embedding and all layers, without the final norm."""
-  valid_BL = jnp.ones(tokens_BL.shape, bool)
+  """A stack of blocks, of which the first is layer `first` of the cache; without a final norm."""
+  hidden_BL = jnp.where(valid_BL, positions_BL, -1)  # sees nothing
 
   def body(carry: tuple[jax.Array, Cache], layer: tuple[jax.Array, Block]):
     x_BLD, cache = carry
     y, block = layer
     normed_BLD = rms_norm(x_BLD, block.attn_norm_D[...], c.norm_eps)
-    attn_BLD, cache = attend(block.attn, normed_BLD, cache, y)
+    latents = block.attn.latents(c, normed_BLD, positions_BL)
+    cache = cache.store(y, table_BJ, positions_BL, valid_BL, *latents)
+    attn_BLD = block.attn.absorbed(c, normed_BLD, *cache.layer(y, table_BJ), hidden_BL)
     x_BLD, _ = block.feed_forward(c, x_BLD + attn_BLD, valid_BL)
     return (x_BLD, cache), None
 
-  carry = model.embed(c, tokens_BL), cache
-  y_Y = jnp.arange(c.num_layers, dtype=jnp.int32)
-  if c.num_dense_layers:
-    carry, _ = lax.scan(body, carry, (y_Y[: c.num_dense_layers], model.dense_layers))
-  carry, _ = lax.scan(body, carry, (y_Y[c.num_dense_layers :], model.moe_layers))
+  count = len(layers.attn_norm_D[...])
+  y_Y = first + jnp.arange(count, dtype=jnp.int32)
+  carry, _ = lax.scan(body, (x_BLD, cache), (y_Y, layers))
   return carry
 
 
-def _logits(c: config.Model, model: Transformer, x_BLD: jax.Array) -> jax.Array:
-  x_BLD = rms_norm(x_BLD, model.final_norm_D[...], c.norm_eps)
+def _mtp(
+  c: config.Model,
+  model: Transformer,
+  table_BJ: jax.Array,
+  hidden_BLD: jax.Array,
+  tokens_BL: jax.Array,
+  positions_BL: jax.Array,
+  valid_BL: jax.Array,
+  cache: Cache,
+) -> tuple[jax.Array, Cache]:
+  """Hidden states of the first MTP module, which read the tokens behind their positions."""
+  module: Mtp = jax.tree.map(lambda x: x[0], model.mtp)
+  x_BLD = module.join(c, hidden_BLD, model.embed(c, tokens_BL))
+  stack = jax.tree.map(lambda x: x[None], module.block)
+  x_BLD, cache = _run(c, table_BJ, stack, c.num_layers, x_BLD, positions_BL, valid_BL, cache)
+  return rms_norm(x_BLD, module.out_norm_D[...], c.norm_eps), cache
+
+
+def _logits(c: config.Model, how: How, model: Transformer, x_BLD: jax.Array) -> jax.Array:
   head_DV = model.head_DV[...].astype(x_BLD.dtype)
-  return jnp.einsum('BLD,DV->BLV', x_BLD, head_DV, preferred_element_type=jnp.float32)
+  logits_BLV = jnp.einsum('BLD,DV->BLV', x_BLD, head_DV, preferred_element_type=jnp.float32)
+  return logits_BLV[..., : how.vocab_size]
+
+
+def _sample(s: Samplings, logits_BLV: jax.Array, positions_BL: jax.Array) -> jax.Array:
+  B, L, V = logits_BLV.shape
+  each = jax.tree.map(lambda x_B: jnp.repeat(x_B, L), s)
+  return sample(each, logits_BLV.reshape(B * L, V), positions_BL.reshape(-1)).reshape(B, L)
+
+
+def _logprobs(
+  top: jax.Array, logits_BLV: jax.Array, tokens_BL: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Of the tokens; ids and those of the most probable ones, zeros where nobody asks."""
+  B, L, V = logits_BLV.shape
+  sum_BL1 = jax.nn.logsumexp(logits_BLV, axis=2, keepdims=True)
+  logprob_BL = (jnp.take_along_axis(logits_BLV, tokens_BL[..., None], axis=2) - sum_BL1)[..., 0]
+  count = min(TOP, V)
+
+  def find() -> tuple[jax.Array, jax.Array]:
+    value_BLT, id_BLT = lax.top_k(logits_BLV, count)
+    return id_BLT.astype(jnp.int32), value_BLT - sum_BL1
+
+  nothing_BLT = jnp.broadcast_to(tokens_BL[..., None], (B, L, count))
+  nothing = lambda: (nothing_BLT, jnp.zeros_like(nothing_BLT, jnp.float32) + logprob_BL[..., None])
+  return logprob_BL, *lax.cond(top, find, nothing)
+
+
+def _at(x_BLX: jax.Array, index_B: jax.Array) -> jax.Array:
+  """[B, 1, ..]: each row's own entry."""
+  index = index_B.reshape((-1,) + (1,) * (x_BLX.ndim - 1))
+  return jnp.take_along_axis(x_BLX, index, axis=1)
 
 
 # ---- on a mesh -----------------------------------------------------------------------------------
 
 
 class Decoder:
-  """A model ready to decode on a mesh. Its programs compile once for each shape, for all decoders alike.
+  """A model ready to generate on a mesh. Its programs compile once for each shape, for all decoders alike.
 
   Weights are cast once to the compute dtype, which changes no result, and made whole where ZeRO has
   them split. The cache is donated: use the one that comes back.
   """
 
   def __init__(self, c: config.Model, device_mesh: jax.sharding.Mesh, model: Transformer) -> None:
+    c = dataclasses.replace(c, precision=recipe.serving(c.precision))
     self.config = c
     self.ways = math.prod(device_mesh.shape[a] for a in mesh.TOKENS)  # devices sharing sequences
-    self._everywhere = NamedSharding(device_mesh, P())
     self._programs = _programs(c, device_mesh)
     self._weights = self._programs.prepare(model)
 
-  def empty(self, sequences: int, capacity: int) -> Cache:
-    """A cache for `sequences`, a multiple of `ways`, of at most `capacity` tokens each."""
-    return self._programs.empty(sequences, capacity)
+  def empty(self, pages: int, *, drafts: int = 0, fp8: bool = False) -> Cache:
+    """A cache of `pages` pages on every device; with a layer for the MTP module where it drafts."""
+    layers = self.config.num_layers + bool(drafts)
+    return self._programs.empty(layers, self.ways * pages, fp8)
 
-  def prefill(
-    self, tokens_BL: np.ndarray, length_B: np.ndarray, cache: Cache
-  ) -> tuple[jax.Array, Cache]:
-    """Prompts in rows padded with anything -> logits behind each, FP32 [B, V]."""
-    return self._programs.prefill(self._weights, self._put(tokens_BL), self._put(length_B), cache)
-
-  def decode(
-    self, tokens_BL: np.ndarray | jax.Array, positions_BL: np.ndarray, cache: Cache
-  ) -> tuple[jax.Array, Cache]:
-    """Tokens at positions -> logits behind each, FP32 [B, L, V]."""
-    return self._programs.decode(
-      self._weights, self._put(tokens_BL), self._put(positions_BL), cache
-    )
-
-  def sample(
-    self,
-    s: Sampling,
-    logits: jax.Array,
-    sample_B: np.ndarray,
-    position_B: np.ndarray,
-    vocab_size: int,
-  ) -> jax.Array:
-    """Next tokens below `vocab_size`, int32 [B, 1], from logits [B, V] or [B, 1, V]."""
-    return self._programs.sample(s, vocab_size, logits, self._put(sample_B), self._put(position_B))
-
-  def _put(self, x: np.ndarray | jax.Array) -> jax.Array:
-    return jax.device_put(x, self._everywhere)
+  def step(self, how: How, rows: Rows, cache: Cache) -> tuple[Chosen, Cache]:
+    """`rows` of NumPy arrays, a multiple of `ways` of them -> arrays whole on every device."""
+    return self._programs.step(how, self._weights, rows, cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,37 +241,30 @@ class _Programs:
   """Jitted, each with the layouts of one mesh. Weights are a list: a module is slow to take apart."""
 
   prepare: Callable[[Transformer], list[jax.Array]]
-  empty: Callable[[int, int], Cache]
-  prefill: Callable[..., tuple[jax.Array, Cache]]
-  decode: Callable[..., tuple[jax.Array, Cache]]
-  sample: Callable[..., jax.Array]
+  empty: Callable[[int, int, bool], Cache]
+  step: Callable[..., tuple[Chosen, Cache]]
 
 
 @functools.cache
 def _programs(c: config.Model, device_mesh: jax.sharding.Mesh) -> _Programs:
+  dispatch.check(c.moe, device_mesh)
   shapes = jax.eval_shape(lambda: Transformer(c, jax.random.key(0)))
   placements = mesh.place(shapes, config.Mesh(**device_mesh.shape, zero=0))
   specs = [at.spec for at in jax.tree.leaves(placements, is_leaf=_is_placement)]
   structure = jax.tree.structure(shapes)
-  rows, cached = P(mesh.TOKENS), latent_cache.SPEC
+  by_row = P(mesh.TOKENS)
+  rows = Rows(*[by_row] * 5, Samplings(*[by_row] * 5), P())
+  cached = latent_cache.Cache(latent_cache.SPEC)
   everywhere = NamedSharding(device_mesh, P())
 
-  def on_mesh(
-    run: Callable[..., tuple[jax.Array, Cache]],
-  ) -> Callable[..., tuple[jax.Array, Cache]]:
+  def run(how: How, weights: list[jax.Array], given: Rows, cache: Cache) -> tuple[Chosen, Cache]:
     mapped = jax.shard_map(
-      lambda weights, *rest: run(c, jax.tree.unflatten(structure, weights), *rest),
+      lambda weights, *rest: step(c, how, jax.tree.unflatten(structure, weights), *rest),
       mesh=device_mesh,
-      in_specs=(specs, rows, rows, cached),
-      out_specs=(rows, cached),
+      in_specs=(specs, rows, cached),
+      out_specs=(Chosen(*[by_row] * 6), cached),
     )
-    return jax.jit(mapped, donate_argnums=3)
-
-  def next_token(
-    s: Sampling, vocab_size: int, logits: jax.Array, sample_B: jax.Array, position_B: jax.Array
-  ) -> jax.Array:
-    logits_BV = logits.reshape(-1, c.vocab_size)[:, :vocab_size]
-    return sample(s, logits_BV, sample_B, position_B)[:, None]
+    return mapped(weights, given, cache)
 
   return _Programs(
     prepare=jax.jit(
@@ -193,14 +272,17 @@ def _programs(c: config.Model, device_mesh: jax.sharding.Mesh) -> _Programs:
       out_shardings=mesh.shardings(device_mesh, specs),
     ),
     empty=jax.jit(
-      functools.partial(latent_cache.empty, c),
-      static_argnums=(0, 1),
-      out_shardings=NamedSharding(device_mesh, cached),
+      lambda layers, pages, fp8: latent_cache.empty(c, layers, pages, fp8=fp8),
+      static_argnums=(0, 1, 2),
+      out_shardings=NamedSharding(device_mesh, latent_cache.SPEC),
     ),
-    prefill=on_mesh(prefill),
-    decode=on_mesh(decode),
-    # Whole on every device: the host reads tokens, and each device takes its rows of them.
-    sample=jax.jit(next_token, static_argnums=(0, 1), out_shardings=everywhere),
+    step=jax.jit(
+      run,
+      static_argnums=0,
+      donate_argnums=3,
+      # Whole on every device: the host reads them.
+      out_shardings=(everywhere, NamedSharding(device_mesh, latent_cache.SPEC)),
+    ),
   )
 
 
@@ -217,3 +299,36 @@ def _cast(dtype: jnp.dtype, model: Transformer) -> Transformer:
 
 def _is_placement(x: Any) -> bool:
   return isinstance(x, mesh.Placement)
+
+
+def trace(
+  c: config.Model, device_mesh: jax.sharding.Mesh, how: How, sequences: int, L: int, capacity: int
+) -> tuple[jax.stages.Traced, list[jax.ShapeDtypeStruct], Cache]:
+  """The step over shapes alone, to be lowered, with the shapes of its weights and of its cache.
+
+  Of `sequences` rows of L tokens over the whole mesh; the cache has pages for `capacity` tokens of each.
+  """
+  c = dataclasses.replace(c, precision=recipe.serving(c.precision))
+  programs = _programs(c, device_mesh)
+  on = lambda spec: NamedSharding(device_mesh, spec)
+  by_row = lambda dtype, *shape: jax.ShapeDtypeStruct(
+    (sequences, *shape), dtype, sharding=on(P(mesh.TOKENS))
+  )
+  number, real = by_row(jnp.int32), by_row(jnp.float32)
+  pages = -(-capacity // PAGE)
+  samplings = Samplings(real, real, real, by_row(jnp.uint32), number)
+  asks = jax.ShapeDtypeStruct((), jnp.bool_, sharding=on(P()))
+  tokens, table = by_row(jnp.int32, L), by_row(jnp.int32, pages)
+  rows = Rows(tokens, number, number, table, number, samplings, asks)
+  shape = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(at.spec))
+  model = jax.eval_shape(lambda: Transformer(c, jax.random.key(0)))
+  placements = mesh.place(model, config.Mesh(**device_mesh.shape, zero=0))
+  cast = jax.eval_shape(functools.partial(_cast, recipe.compute_dtype(c.precision)), model)
+  each = jax.tree.leaves(placements, is_leaf=_is_placement)
+  weights = list(map(shape, jax.tree.leaves(cast), each))
+  layers = c.num_layers + bool(how.drafts)
+  cache = jax.eval_shape(lambda: latent_cache.empty(c, layers, sequences * pages))
+  cache = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(latent_cache.SPEC)), cache
+  )
+  return programs.step.trace(how, weights, rows, cache), weights, cache

@@ -1,66 +1,72 @@
-"""From prompts to tokens as they come, and from tokens to text as it comes.
-
-The loop runs on the host one step ahead of itself: the next decode is under way before the host reads
-the token that it decodes, so the devices never wait for it. Shapes are rounded up to powers of two, so
-that programs compiled for one request serve the next ones.
-"""
+"""From prompts to tokens as they come, and from tokens to text as it comes, up to a stop string."""
 
 from collections.abc import Iterator, Sequence
-
-import numpy as np
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.inference.decode import Decoder
+from dsv3_jax.inference.engine import Engine, Request
 from dsv3_jax.inference.sampling import Sampling
+from dsv3_jax.kernels.mla_decode import PAGE
 
-_SHORTEST = 16  # tokens that a prompt's row has at least
+_SLOTS = 16  # sequences on a device that decode together; more wait
 
 
-def stream(
+def engine_for(
   decoder: Decoder,
-  prompts: Sequence[Sequence[int]],
   tokenizer: Tokenizer,
+  prompts: Sequence[Sequence[int]],
   *,
-  sampling: Sampling,
   max_tokens: int,
   samples: int = 1,
-) -> Iterator[list[int | None]]:
-  """Yields the next token of every sequence, and None for one that has ended, until all have.
-
-  Sequences are the samples of the first prompt, then those of the second. One ends with eos, which is
-  yielded, after `max_tokens` tokens, or where prompt and tokens together reach `model.max_length`.
+  drafts: int = 0,
+) -> Engine:
+  """An engine with room for these prompts, in powers of two: its programs serve the next ones too.
 
   Raises:
     ConfigError: a prompt is empty or leaves no room for a token, or a number is not positive.
   """
   longest = decoder.config.max_length
   _check(prompts, longest, max_tokens, samples)
-  # ---- shapes ------------------------------------------------------------------------------------
-  n = len(prompts) * samples
-  length_B = np.ones(decoder.ways * _power_of_two(-(-n // decoder.ways)), np.int32)
-  length_B[:n] = np.repeat([len(p) for p in prompts], samples)
-  limit_B = np.minimum(max_tokens, longest - length_B[:n])
-  L = min(_power_of_two(max(_SHORTEST, length_B.max())), longest)
-  M = min(_power_of_two(max(L, int((length_B[:n] + limit_B).max()))), longest)
-  tokens_BL = np.full((len(length_B), L), tokenizer.pad_id, np.int32)
-  for i in range(n):
-    prompt = prompts[i // samples]
-    tokens_BL[i, : len(prompt)] = prompt
-  sample_B = np.arange(len(length_B), dtype=np.int32) % samples
-  # ---- tokens ------------------------------------------------------------------------------------
-  logits, cache = decoder.prefill(tokens_BL, length_B, decoder.empty(len(length_B), M))
-  live_B = np.ones(n, bool)
-  for step in range(int(limit_B.max())):
-    position_B = length_B + step
-    token_B1 = decoder.sample(sampling, logits, sample_B, position_B, tokenizer.vocab_size)
-    if step + 1 < limit_B.max():
-      logits, cache = decoder.decode(token_B1, position_B[:, None], cache)
-    tokens = np.asarray(token_B1)[:n, 0].tolist()
-    yield [token if live else None for token, live in zip(tokens, live_B, strict=True)]
-    live_B &= (np.asarray(tokens) != tokenizer.eos_id) & (step + 1 < limit_B)
-    if not live_B.any():
-      return
+  slots = min(_SLOTS, _power_of_two(-(-len(prompts) * samples // decoder.ways)))
+  tokens = min(max(map(len, prompts)) + max_tokens, longest) + drafts
+  return Engine(
+    decoder,
+    vocab_size=tokenizer.vocab_size,
+    eos_id=tokenizer.eos_id,
+    slots=slots * decoder.ways,
+    pages=slots * _power_of_two(-(-tokens // PAGE)),
+    drafts=drafts,
+  )
+
+
+def stream(
+  engine: Engine,
+  prompts: Sequence[Sequence[int]],
+  *,
+  sampling: Sampling,
+  max_tokens: int,
+  samples: int = 1,
+) -> Iterator[list[list[int] | None]]:
+  """Yields each step's new tokens of every sequence, and None for one that has ended, until all have.
+
+  Sequences are the samples of the first prompt, then those of the second. One ends with eos, which is
+  yielded, after `max_tokens` tokens, or where prompt and tokens together reach the longest length.
+  """
+  requests = [
+    Request(prompt, max_tokens, sampling, sample) for prompt in prompts for sample in range(samples)
+  ]
+  place = {id(request): i for i, request in enumerate(requests)}
+  for request in requests:
+    engine.submit(request)
+  ended = [False] * len(requests)
+  while not all(ended):
+    new: list[list[int] | None] = [None if end else [] for end in ended]
+    for event in engine.step():
+      i = place[id(event.request)]
+      new[i] += [token.id for token in event.tokens]
+      ended[i] = event.finish is not None
+    yield new
 
 
 def _check(prompts: Sequence[Sequence[int]], longest: int, max_tokens: int, samples: int) -> None:
@@ -110,3 +116,38 @@ class TextStream:
     new = text[self._shown :]
     self._ids, self._shown = [], 0
     return new
+
+
+class StopText:
+  """Text up to the first of some stop strings, wherever pieces are cut.
+
+  What may be the beginning of a stop string is held back until it is known.
+  """
+
+  def __init__(self, stops: Sequence[str]) -> None:
+    self._stops = [stop for stop in stops if stop]
+    self._held = ''
+    self.stopped = False
+
+  def push(self, piece: str) -> str:
+    """What is certain to stand before any stop string; nothing once `stopped`."""
+    if self.stopped:
+      return ''
+    text = self._held + piece
+    found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+    if found:
+      self.stopped, self._held = True, ''
+      return text[: min(found)]
+    held = max((_begun(text, stop) for stop in self._stops), default=0)
+    self._held = text[len(text) - held :]
+    return text[: len(text) - held]
+
+  def close(self) -> str:
+    """What is held back, now that nothing follows."""
+    held, self._held = self._held, ''
+    return held
+
+
+def _begun(text: str, stop: str) -> int:
+  """Characters at the end of `text` that begin `stop`."""
+  return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

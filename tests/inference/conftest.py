@@ -21,6 +21,11 @@ class Small:
   model: Transformer
   decoder: Decoder
 
+  @property
+  def specs(self) -> Transformer:
+    """How the model's weights lie."""
+    return _specs(self.model, self.config.mesh)
+
   def expanded(self, tokens_BL: np.ndarray) -> np.ndarray:
     """Logits [B, L, V] of whole sequences, as training computes them."""
     c = self.config.model
@@ -33,7 +38,7 @@ class Small:
     forward = jax.shard_map(
       run,
       mesh=self.device_mesh,
-      in_specs=(_specs(self.model, self.config.mesh), rows),
+      in_specs=(self.specs, rows),
       out_specs=rows,
     )
     return np.asarray(jax.jit(forward)(self.model, tokens_BL))
@@ -50,17 +55,22 @@ _ONE_DEVICE = config.Mesh(zero=0)
 
 
 def _small(kind: str, sizes: config.Mesh = _ONE_DEVICE, precision: str = 'fp32') -> Small:
-  """'v3': queries compressed, no YaRN | 'yarn': neither compressed nor short | 'v2': softmax router."""
+  """'v3': queries compressed, no YaRN | 'yarn': neither compressed nor short | 'v2': softmax router | 'long'."""
   d = config.default()
   d.model.precision = precision
+  d.model.moe.dispatch.update(payload='plain', combine='plain')
   if kind == 'yarn':
     d.model.max_length = 2 * d.model.rope.original_length
     d.model.mla.q_rank = 0
   if kind == 'v2':
     d.model.moe.update(scoring='softmax', normalize=False, route_scale=1.0)
     d.model.mla.q_rank = 0
+    d.objective.bias_speed = 0.0
   d = config.debug(d)
   d.model.init_std = 0.3  # attention far from uniform
+  if kind == 'long':
+    d.model.update(max_length=256)
+    d.model.rope.original_length = 256
   d.mesh.update(dataclasses.asdict(sizes))
   c = config.freeze(d)
   device_mesh = mesh.make_mesh(c.mesh)
@@ -87,6 +97,11 @@ def yarn() -> Small:
 @pytest.fixture(scope='session')
 def v2() -> Small:
   return _small('v2')
+
+
+@pytest.fixture(scope='session')
+def long() -> Small:
+  return _small('long')
 
 
 @pytest.fixture(scope='session')

@@ -1,138 +1,114 @@
-"""Prefill and absorbed decode over the latent cache against the expanded forward of training."""
+"""The step by itself: the distribution of what it draws, its buffers, its weights."""
+
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config, mesh
 from dsv3_jax.inference import cache as latent_cache
 from dsv3_jax.inference import decode
+from dsv3_jax.inference.decode import How, Rows
+from dsv3_jax.inference.sampling import Sampling, Samplings
+from dsv3_jax.kernels.mla_decode import PAGE
 
-_LENGTHS = np.array([16, 1, 7, 12], np.int32)  # prompts, in rows of 16
-_TOKENS = np.random.default_rng(0).integers(0, 512, (4, 24), np.int32)
-
-
-def _assert_close(actual, expected) -> None:
-  """Within 1e-5 of the largest logit."""
-  error = np.max(np.abs(np.asarray(actual) - expected)) / np.max(np.abs(expected))
-  assert error < 1e-5, f'relative error {error:.1e}'
+_VOCAB, _AHEAD, _MANY = 3, 3, 20_480
+_BATCH = 1024
 
 
-def _prefill(small, tokens_BL=_TOKENS[:, :16], lengths_B=_LENGTHS):
-  return small.decoder.prefill(tokens_BL, lengths_B, small.decoder.empty(len(tokens_BL), 32))
-
-
-def _decode_one_by_one(small, cache, position_B, steps):
-  """Logits [B, steps, V] of _TOKENS from each row's position on."""
-  logits = []
-  for step in range(steps):
-    at_B1 = (position_B + step)[:, None]
-    out_B1V, cache = small.decoder.decode(np.take_along_axis(_TOKENS, at_B1, 1), at_B1, cache)
-    logits.append(np.asarray(out_B1V)[:, 0])
-  return np.stack(logits, 1)
-
-
-def _from(x_BLV, position_B, steps):
-  """Entries position .. position + steps - 1 of each row."""
-  return np.take_along_axis(x_BLV, (position_B[:, None] + np.arange(steps))[:, :, None], 1)
-
-
-def test_prefill_and_absorbed_decode_give_the_logits_of_the_expanded_forward(each_small):
-  expected_BLV = each_small.expanded(_TOKENS)
-  assert np.std(expected_BLV) > 0.1
-  logits_BV, cache = _prefill(each_small)
-  _assert_close(logits_BV, _from(expected_BLV, _LENGTHS - 1, 1)[:, 0])
-  decoded_BLV = _decode_one_by_one(each_small, cache, _LENGTHS, 8)
-  _assert_close(decoded_BLV, _from(expected_BLV, _LENGTHS, 8))
-
-
-def test_decode_from_an_empty_cache_gives_the_logits_of_the_expanded_forward(each_small):
-  start_B = np.zeros(4, np.int32)
-  decoded_BLV = _decode_one_by_one(each_small, each_small.decoder.empty(4, 32), start_B, 24)
-  _assert_close(decoded_BLV, each_small.expanded(_TOKENS))
-
-
-def test_decode_of_several_positions_at_once_equals_one_by_one(v3):
-  at_BL = _LENGTHS[:, None] + np.arange(4, dtype=np.int32)
-  together_BLV, cache = v3.decoder.decode(
-    np.take_along_axis(_TOKENS, at_BL, 1), at_BL, _prefill(v3)[1]
+def _rows(tokens_BL, start_B, count_B, table_BJ, sampling, sample_B):
+  B = len(tokens_BL)
+  samplings = Samplings.of([sampling] * B, sample_B)
+  return Rows(
+    tokens_BL, start_B, count_B, table_BJ, np.full(B, -1, np.int32), samplings, np.array(False)
   )
-  one_by_one_BLV = _decode_one_by_one(v3, _prefill(v3)[1], _LENGTHS, 4)
-  _assert_close(together_BLV, one_by_one_BLV)
-  # What they left in the cache serves the next token alike.
-  next_BLV = _decode_one_by_one(v3, cache, _LENGTHS + 4, 1)
-  _assert_close(next_BLV, _from(v3.expanded(_TOKENS), _LENGTHS + 4, 1))
 
 
-def test_what_pads_a_prompt_changes_no_bit(v3):
-  padded_BL = np.where(np.arange(16) < _LENGTHS[:, None], _TOKENS[:, :16], 511)
-  runs = []
-  for tokens_BL in (_TOKENS[:, :16], padded_BL.astype(np.int32)):
-    logits_BV, cache = _prefill(v3, tokens_BL)
-    runs.append([np.asarray(logits_BV), _decode_one_by_one(v3, cache, _LENGTHS, 2)])
-  assert not np.array_equal(_TOKENS[:, :16], padded_BL)
-  for one, other in zip(*runs, strict=True):
-    np.testing.assert_array_equal(one, other)
+def _draw(small, drafts, sampling, many):
+  """The tokens behind the token 5 of many samples: [many, _AHEAD]; drafts accepted in each step."""
+  decoder = small.decoder
+  cache = decoder.empty(_BATCH, drafts=drafts)
+  how = How(prompt=False, drafts=drafts, vocab_size=_VOCAB)
+  table_BJ = np.arange(_BATCH, dtype=np.int32)[:, None]
+  found, steps, given = [], 0, 0
+  for first in range(0, many, _BATCH):
+    sample_B = np.arange(first, first + _BATCH)
+    tokens = [[5] for _ in range(_BATCH)]
+    guessed_BK = np.zeros((_BATCH, 0), np.int32)
+    while min(map(len, tokens)) <= _AHEAD:
+      start_B = np.array([len(t) - 1 for t in tokens], np.int32)
+      tokens_BL = np.zeros((_BATCH, 1 + drafts), np.int32)
+      tokens_BL[:, 0] = [t[-1] for t in tokens]
+      tokens_BL[:, 1 : 1 + guessed_BK.shape[1]] = guessed_BK
+      count_B = np.full(_BATCH, 1 + guessed_BK.shape[1], np.int32)
+      rows = _rows(tokens_BL, start_B, count_B, table_BJ, sampling, sample_B)
+      chosen, cache = decoder.step(how, rows, cache)
+      chosen = jax.device_get(chosen)
+      for t, new, right in zip(tokens, chosen.tokens_BL, chosen.accepted_B, strict=True):
+        t += new[: right + 1].tolist()
+      guessed_BK = chosen.drafts_BK
+      steps, given = steps + _BATCH, given + int(chosen.accepted_B.sum())
+    found += [t[1 : 1 + _AHEAD] for t in tokens]
+  return np.array(found), given / steps
 
 
-def test_tokens_beyond_the_end_of_the_cache_leave_it_and_other_rows_alone(v3):
-  _, cache = _prefill(v3)
-  before = np.asarray(cache.latent_YBMC)
-  positions_B1 = np.array([[16], [32], [1000], [12]], np.int32)
-  _, cache = v3.decoder.decode(_TOKENS[:, :1], positions_B1, cache)
-  changed_BM = np.any(np.asarray(cache.latent_YBMC) != before, axis=(0, 3))
-  assert np.argwhere(changed_BM).tolist() == [[0, 16], [3, 12]]
-
-
-@pytest.mark.parametrize('zero', [0, 1])
-def test_a_mesh_gives_the_logits_of_one_device(v3, make_small, zero):
-  spread = make_small('v3', config.Mesh(data=2, local=2, zero=zero))
-  assert spread.model.head_DV[...].is_fully_replicated == (zero == 0)
-  logits_BV, cache = _prefill(spread)
-  expected_BV, expected_cache = _prefill(v3)
-  _assert_close(logits_BV, np.asarray(expected_BV))
-  decoded_BLV = _decode_one_by_one(spread, cache, _LENGTHS, 2)
-  _assert_close(decoded_BLV, _decode_one_by_one(v3, expected_cache, _LENGTHS, 2))
+def test_20_000_draws_by_speculation_follow_the_models_distribution_and_are_those_without(v3):
+  sampling = Sampling(temperature=6.0, top_p=1.0, seed=11)  # far from uniform, and from certain
+  drawn, accepted = _draw(v3, 2, sampling, _MANY)
+  plain, none = _draw(v3, 0, sampling, 4 * _BATCH)
+  np.testing.assert_array_equal(drawn[: len(plain)], plain)
+  assert accepted > 0.3 and none == 0
+  # The joint distribution of three tokens, from forwards over whole sequences.
+  cells = list(itertools.product(range(_VOCAB), repeat=_AHEAD))
+  whole = np.array([[5, *cell] for cell in cells], np.int32)
+  logits = v3.expanded(whole)[:, :-1, :_VOCAB].astype(np.float64) / sampling.temperature
+  prob = np.exp(logits) / np.exp(logits).sum(2, keepdims=True)
+  chosen = np.take_along_axis(prob, np.array(cells)[:, :, None], 2)[:, :, 0].prod(1)
+  assert abs(chosen.sum() - 1) < 1e-6 and chosen.min() * _MANY > 5 and chosen.max() < 0.5
+  counts = np.bincount(drawn @ _VOCAB ** np.arange(_AHEAD)[::-1], minlength=len(cells))
+  chi = ((counts - chosen * _MANY) ** 2 / (chosen * _MANY)).sum()
+  assert chi < 45.64, f'chi-square {chi:.1f} of 26 degrees, 1 % limit 45.64'
 
 
 def test_weights_cast_once_give_the_bits_of_weights_cast_at_each_use(make_small):
   small = make_small('v3', precision='bf16')
-  c = small.config.model
-  specs = jax.tree.map(lambda _: P(), small.model)
-  rows = P(mesh.TOKENS)
+  c, how = small.config.model, How(prompt=True, drafts=1, vocab_size=512)
+  tokens_BL = np.random.default_rng(0).integers(0, 512, (1, PAGE), np.int32)
+  ones, table = np.ones(1, np.int32), np.zeros((1, 1), np.int32)
+  rows = _rows(tokens_BL, 0 * ones, 40 * ones, table, Sampling(0.0, 1.0), [0])
+  by_row, cached = P(mesh.TOKENS), latent_cache.Cache(latent_cache.SPEC)
   uncast = jax.shard_map(
-    lambda *args: decode.prefill(c, *args),
+    lambda *args: decode.step(c, how, *args),
     mesh=small.device_mesh,
-    in_specs=(specs, rows, rows, latent_cache.SPEC),
-    out_specs=(rows, latent_cache.SPEC),
+    in_specs=(small.specs, jax.tree.map(lambda x: by_row if x.ndim else P(), rows), cached),
+    out_specs=(by_row, cached),
   )
-  empty = latent_cache.empty(c, 4, 32)
-  expected_BV, expected_cache = jax.jit(uncast)(small.model, _TOKENS[:, :16], _LENGTHS, empty)
-  logits_BV, cache = _prefill(small)
-  np.testing.assert_array_equal(logits_BV, expected_BV)
-  for buffer, expected in zip(jax.tree.leaves(cache), jax.tree.leaves(expected_cache), strict=True):
-    np.testing.assert_array_equal(buffer, expected)
+  expected = jax.jit(uncast)(small.model, rows, latent_cache.empty(c, 4, 2))
+  got = small.decoder.step(how, rows, small.decoder.empty(2, drafts=1))
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_array_equal(x, y)
 
 
-def test_cache_keeps_the_latent_and_one_rotary_key_per_token_and_layer(v3):
-  m = v3.config.model
-  cache = v3.decoder.empty(2, 8)
-  values = sum(buffer.size for buffer in jax.tree.leaves(cache))
-  assert values == m.num_layers * 2 * 8 * (m.mla.kv_rank + m.mla.rope_dim)
-  assert cache.bytes_per_token == sum(b.nbytes for b in jax.tree.leaves(cache)) / (2 * 8)
+def test_cache_of_deepseek_v3_takes_70272_bytes_per_token_40016_in_fp8():
+  for fp8, expected in ((False, 70_272), (True, 61 * 656)):
+    cache = latent_cache.empty(config.Model(), 61, 3, fp8=fp8)
+    assert cache.entries_YPMX.nbytes == 3 * PAGE * expected
+    assert cache.bytes_per_token == expected
 
 
-def test_cache_of_deepseek_v3_takes_70272_bytes_per_token():
-  cache = jax.eval_shape(lambda: latent_cache.empty(config.Model(), 3, 4096))
-  assert cache.bytes_per_token == 70_272
-  total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-  assert total == 3 * 4096 * 70_272
-
-
-def test_decode_takes_over_the_buffers_of_the_cache_it_is_given(v3):
-  old = v3.decoder.empty(4, 32)
-  at = old.latent_YBMC.unsafe_buffer_pointer()
-  _, new = v3.decoder.decode(_TOKENS[:, :1], np.zeros((4, 1), np.int32), old)
-  assert old.latent_YBMC.is_deleted()
-  assert new.latent_YBMC.unsafe_buffer_pointer() == at
+def test_a_step_takes_over_the_buffer_of_the_cache_and_writes_its_own_positions(v3):
+  old = v3.decoder.empty(3)
+  at = old.entries_YPMX.unsafe_buffer_pointer()
+  two = np.array([3, 0], np.int32)
+  rows = _rows(
+    np.zeros((2, 1), np.int32), two, np.array([1, 0], np.int32), np.array([[2], [1]], np.int32),
+    Sampling(0.0, 1.0), [0, 0],
+  )  # fmt: skip
+  _, new = v3.decoder.step(How(prompt=False, drafts=0, vocab_size=512), rows, old)
+  assert old.entries_YPMX.is_deleted()
+  assert new.entries_YPMX.unsafe_buffer_pointer() == at
+  written = np.argwhere(np.any(np.asarray(new.entries_YPMX) != 0, axis=(0, 3)))
+  assert written.tolist() == [[2, 3]]  # an empty row leaves nothing
+  assert jnp.isfinite(new.entries_YPMX).all()

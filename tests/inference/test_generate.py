@@ -42,14 +42,14 @@ def _generate(capsys, *arguments) -> tuple[str, str]:
 
 _FIGURES = (
   r'checkpoint 5, prefill [\d,]+ tokens at [\d,]+ tokens/s, decode [\d,]+ tokens at [\d,]+ tokens/s, '
-  r'cache 240 bytes per token\n'
+  r'(\d+% of \d drafts right, )?cache 320 bytes per token\n'
 )
 
 
 def test_prompt_is_continued_and_one_line_says_how_fast(run, capsys):
   out, err = _generate(capsys, run, '--prompt=def ', '--max_tokens=8')
   assert out.strip()
-  assert re.fullmatch(_FIGURES, err)  # 240 = 3 layers x (16 + 4) values x 4 bytes
+  assert re.fullmatch(_FIGURES, err)  # 320 = (3 + 1) layers x (16 + 4) values x 4 bytes
 
 
 def test_a_text_that_cannot_become_as_long_as_asked_is_said_to(run, capsys):
@@ -82,9 +82,9 @@ def test_infill_asks_for_the_middle_in_the_order_of_the_training_data(run, monke
   asked = []
   real = generate.stream
 
-  def watched(decoder, prompts, *args, **kwargs):
+  def watched(engine, prompts, *args, **kwargs):
     asked.extend(prompts)
-    return real(decoder, prompts, *args, **kwargs)
+    return real(engine, prompts, *args, **kwargs)
 
   monkeypatch.setattr(generate, 'stream', watched)
   out, _ = _generate(capsys, run, '--prefix=def f(', '--suffix=): return x', '--max_tokens=8')

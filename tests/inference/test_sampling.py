@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference.sampling import Sampling, nucleus, sample
+from dsv3_jax.inference.sampling import Sampling, Samplings, nucleus, sample
 
 _V = 12
 _MANY = 20_000
+
+
+_sample = jax.jit(sample)
 
 
 def _kept(logits_V: np.ndarray, temperature: float, top_p: float) -> set[int]:
@@ -28,8 +31,8 @@ def _kept(logits_V: np.ndarray, temperature: float, top_p: float) -> set[int]:
 def _draw(s: Sampling, logits_V: np.ndarray, samples: int = _MANY) -> np.ndarray:
   """Tokens of `samples` samples of one prompt."""
   logits_BV = jnp.broadcast_to(jnp.asarray(logits_V), (samples, len(logits_V)))
-  run = jax.jit(sample, static_argnums=0)
-  return np.asarray(run(s, logits_BV, jnp.arange(samples), jnp.full(samples, 7)))
+  each = Samplings.of([s] * samples, np.arange(samples))
+  return np.asarray(_sample(each, logits_BV, jnp.full(samples, 7)))
 
 
 def _logits(seed: int, size: int = _V) -> np.ndarray:
@@ -68,8 +71,8 @@ def test_top_p_of_one_keeps_every_token_even_below_rounding():
 
 def test_temperature_zero_is_the_most_probable_token_the_lowest_id_among_equals():
   logits_BV = jnp.array([[0.0, 2.0, 2.0], [3.0, -1.0, 2.0]])
-  greedy = Sampling(temperature=0.0, top_p=0.1)
-  assert sample(greedy, logits_BV, jnp.arange(2), jnp.arange(2)).tolist() == [1, 0]
+  greedy = Samplings.of([Sampling(temperature=0.0, top_p=0.1)] * 2, [0, 1])
+  assert _sample(greedy, logits_BV, jnp.arange(2)).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize('temperature', [1e-30, 1e-3])
@@ -90,13 +93,38 @@ def test_draws_follow_seed_sample_and_position_and_not_the_rest_of_the_batch():
   samples, positions = jnp.array([0, 5, 5, 6]), jnp.array([1, 2, 3, 2])
 
   def draw(s: Sampling, rows: jax.Array) -> list[int]:
-    return sample(s, logits_BV[rows], samples[rows], positions[rows]).tolist()
+    each = Samplings.of([s] * len(rows), samples[rows])
+    return _sample(each, logits_BV[rows], positions[rows]).tolist()
 
   s = Sampling(1.0, 0.99, seed=1)
   together = draw(s, jnp.arange(4))
   assert together == [draw(s, jnp.array([i]))[0] for i in range(4)]
   assert len(set(together[1:])) == 3
   assert draw(Sampling(1.0, 0.99, seed=2), jnp.arange(4)) != together
+
+
+def test_min_p_keeps_what_is_at_least_that_share_of_the_best():
+  logits_V = _logits(4)
+  share_V = np.exp(logits_V - logits_V.max())
+  drawn = set(_draw(Sampling(1.0, 1.0, min_p=0.3), logits_V).tolist())
+  assert drawn == set(np.flatnonzero(share_V >= 0.3).tolist()) and 1 < len(drawn) < _V
+
+
+def test_every_sequence_of_a_batch_is_sampled_in_its_own_way():
+  ways = [
+    Sampling(0.0, 1.0),
+    Sampling(1.0, 0.5, 1),
+    Sampling(2.0, 1.0, 2),
+    Sampling(1.0, 1.0, 3, 0.2),
+  ]
+  logits_BV = jnp.broadcast_to(jnp.asarray(_logits(5, 1000)), (4, 1000))
+  position_B = jnp.arange(4)
+  together = _sample(Samplings.of(ways, range(4)), logits_BV, position_B).tolist()
+  alone = [
+    _sample(Samplings.of([way], [i]), logits_BV[:1], position_B[i : i + 1]).tolist()[0]
+    for i, way in enumerate(ways)
+  ]
+  assert together == alone
 
 
 @pytest.mark.parametrize(
@@ -107,6 +135,7 @@ def test_draws_follow_seed_sample_and_position_and_not_the_rest_of_the_batch():
     ({'temperature': float('inf')}, 'temperature = inf'),
     ({'top_p': 0.0}, 'top_p = 0.0: must be above 0 and at most 1'),
     ({'top_p': 1.5}, 'top_p = 1.5'),
+    ({'min_p': 1.5}, 'min_p = 1.5: must be at least 0 and at most 1'),
     ({'seed': -1}, 'seed = -1: must be 0'),
     ({'seed': 2**32}, 'seed = 4294967296: must be 0'),
   ],

@@ -1,0 +1,95 @@
+"""Serves a model with the OpenAI API: `python -m dsv3_jax.serve WORKDIR` (extra `[serve]`).
+
+Listens on 127.0.0.1 unless --host says otherwise. DSV3_API_KEY in the environment is asked of clients.
+WORKDIR/chat_template.jinja, where there is one, makes prompts of chats; it runs in a sandbox. A chat in the
+browser stands at /. SIGTERM and Ctrl-C let running requests end.
+"""
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import uvicorn
+
+from dsv3_jax import console, mesh
+from dsv3_jax.config import ConfigError
+from dsv3_jax.inference.decode import Decoder
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.serving import chat
+from dsv3_jax.serving.app import Limits, Server
+from dsv3_jax.serving.worker import Worker
+from dsv3_jax.training import workdir
+from dsv3_jax.training.checkpoint import CheckpointError
+
+_TEMPLATE = 'chat_template.jinja'
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Exit code: 0, or 2 after one line about what cannot work."""
+  return console.run('serve', _parse, _run, arguments, file='workdir', told=(CheckpointError,))
+
+
+def _run(args: argparse.Namespace) -> None:
+  application = server(args).app()
+  uvicorn.run(
+    application,
+    host=args.host,
+    port=args.port,
+    log_level='warning',
+    timeout_keep_alive=30,
+    timeout_graceful_shutdown=30,
+  )
+
+
+def server(args: argparse.Namespace) -> Server:
+  """Loaded and compiled."""
+  path = pathlib.Path(args.workdir, _TEMPLATE)
+  render = chat.renderer(path.read_text(encoding='utf-8') if path.exists() else None)
+  if args.waiting < 1:
+    raise ConfigError(f'waiting = {args.waiting}: must be at least 1')
+  loaded = workdir.load(args.workdir, step=args.step, average=args.average)
+  c = loaded.config.model
+  engine = Engine(
+    Decoder(c, mesh.make_mesh(loaded.config.mesh), loaded.model),
+    vocab_size=loaded.tokenizer.vocab_size,
+    eos_id=loaded.tokenizer.eos_id,
+    slots=args.slots,
+    pages=args.pages,
+    chunk=args.chunk,
+    drafts=min(1, c.mtp_depth) if args.drafts is None else args.drafts,
+    cache=args.cache,
+  )
+  engine.warm_up()
+  name = args.name or pathlib.Path(args.workdir).resolve().name
+  print(f'{loaded.name} as {name!r} on http://{args.host}:{args.port}', file=sys.stderr)
+  key = os.environ.get('DSV3_API_KEY')
+  limits = Limits(args.body_bytes, args.seconds)
+  return Server(Worker(engine, args.waiting), loaded.tokenizer, render, name, key, limits)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+  parser = console.Parser(
+    'python -m dsv3_jax.serve', description='Serves a model with the OpenAI API.'
+  )
+  add = parser.add_argument
+  add('workdir', help='folder of a training run, or of imported weights')
+  add('--host', default='127.0.0.1', help='address to listen on (%(default)s)')
+  add('--port', type=int, default=8000, help='(%(default)s)')
+  add('--name', help='of the model, for clients (the name of the folder)')
+  add('--slots', type=int, default=16, help='sequences that decode together (%(default)s)')
+  add('--waiting', type=int, default=256, help='requests that may wait (%(default)s)')
+  add('--pages', type=int, help='of 64 tokens in the cache (enough for all slots at full length)')
+  add('--chunk', type=int, default=128, help='tokens of a prompt at a time (%(default)s)')
+  add('--drafts', type=int, help='tokens that the MTP module guesses ahead (1 if there is one)')
+  add('--cache', default='plain', help="'plain' or 'fp8' (%(default)s)")
+  add('--seconds', type=float, default=600.0, help='that a request may take (%(default)s)')
+  add('--body_bytes', type=int, default=1_000_000, help='of a request (%(default)s)')
+  add('--step', type=int, help='checkpoint to take (the newest)')
+  add('--average', action='store_true', help='take the average of the weights')
+  return parser.parse_args(arguments)
+
+
+if __name__ == '__main__':
+  sys.exit(main())
