@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -52,6 +52,20 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dispatch:
+  """How tokens reach their experts and come back; forms in `dsv3_jax/parallel/dispatch.py`."""
+
+  form: str = 'auto'  # 'auto' | 'two_hop' | 'flat' | 'allgather' | 'ragged' | 'dense' (oracle)
+  capacity: float = (
+    1.25  # buffers over what even routing needs; what does not fit goes in more rounds
+  )
+  payload: str = (
+    'fp8'  # out (3.3.2): 'fp8', 1x128, power-of-two scales | 'bf16' | 'plain', as computed
+  )
+  combine: str = 'bf16'  # back: 'bf16' | 'logfmt8' | 'logfmt10' (2505.09343) | 'plain'
+
+
+@dataclasses.dataclass(frozen=True)
 class Moe:
   """DeepSeekMoE (2.1.2)."""
 
@@ -64,7 +78,7 @@ class Moe:
   scoring: str = 'sigmoid'  # 'sigmoid' (V3: biased, a group is its two best) | 'softmax' (V2)
   normalize: bool = True  # weights of the chosen experts sum to 1 before the route scale
   route_scale: float = 2.5
-  dispatch: str = 'allgather'  # 'allgather' | 'dense' (oracle: every expert sees every token)
+  dispatch: Dispatch = Dispatch()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +92,14 @@ class Model:
   norm_eps: float = 1e-6
   init_std: float = 0.006  # 4.2
   max_length: int = 4096  # longest sequence the model is set up for; decides whether YaRN is on
-  precision: str = 'bf16'  # 'bf16' | 'fp32': operands of the matmuls; weights and sums stay FP32
+  # Operands of the matmuls: 'bf16' | 'fp32' | 'fp8' (3.3) | variants of it in `precision/recipe.py`;
+  # weights and sums stay FP32.
+  precision: str = 'bf16'
   remat: str = 'latents'  # 'none' | 'block' | 'latents' (3.3.3: RMSNorms and MLA up-projections)
   unroll: int = 1  # layers per iteration of the scan; more is faster on CPU and compiles longer
+  # 3.4.1: two halves of a device's rows go through the layers out of step, so that one's exchange stands
+  # beside the other's compute.
+  dual_batch: bool = False
   mla: Mla = Mla()
   rope: Rope = Rope()
   moe: Moe = Moe()
@@ -133,7 +152,7 @@ class Objective:
 class Mesh:
   """Device mesh; the axes are described in `dsv3_jax/mesh.py`."""
 
-  pipe: int = 1
+  pipe: int = 1  # stages: 1, or an even number (3.2.1: 16)
   data: int = 1
   node: int = 1
   local: int = 1
@@ -146,6 +165,9 @@ class Data:
   text_key: str = 'text'  # field that holds the text, for TFDS and JSONL
   tokenizer: str = ''  # a tokenizer.json; '' trains a BPE of model.vocab_size on the corpus
   fim_rate: float = 0.1  # documents turned into prefix-suffix-middle (4.1)
+  shuffle_rows: int = (
+    1024  # rows of the packed stream that are shuffled at a time; 1 keeps its order
+  )
   heldout: float = 0.02  # fraction of the documents kept for evaluation
   cache_dir: str = ''  # prepared corpora and trained tokenizers; '' is ~/.cache/dsv3_jax
   workers: int = 0  # worker processes of the input pipeline
@@ -166,6 +188,7 @@ class Run:
   eval_every: int = 1000  # 0: only at the end
   eval_bytes: int = 50_000_000  # of the held-out text
   prompt: str = 'def '  # of the sample at the end
+  init_from: str = ''  # folder of an import or a run to take weights and tokenizer from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +268,7 @@ def debug(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.optimizer.update(peak_lr=3e-3, warmup_steps=2, end_lr=3e-4)
     config.optimizer.update(constant_tokens=3840.0, decay_tokens=1280.0, end_tokens=0.0)
     config.objective.update(mtp_late_tokens=3840.0, bias_stop_tokens=4608.0)
+    config.data.shuffle_rows = 32
     config.checkpoint.update(every_steps=10)
     config.run.update(total_tokens=5120.0, log_every=1, eval_every=0, eval_bytes=20_000)
   return config
@@ -303,10 +327,19 @@ def _names(cls: type) -> list[str]:
 
 _KINDS = {int: 'a whole number', float: 'a number', str: 'a string', bool: 'True or False'}
 _CHOICES = {
-  'model.precision': ('bf16', 'fp32'),
+  'model.precision': (
+    'bf16',
+    'fp32',
+    'fp8',
+    'fp8_gradient_blocks',
+    'fp8_gradient_e5m2',
+    'fp8_sums_fp22',
+  ),
   'model.remat': ('none', 'block', 'latents'),
   'model.moe.scoring': ('sigmoid', 'softmax'),
-  'model.moe.dispatch': ('allgather', 'dense'),
+  'model.moe.dispatch.form': ('auto', 'two_hop', 'flat', 'allgather', 'ragged', 'dense'),
+  'model.moe.dispatch.payload': ('fp8', 'bf16', 'plain'),
+  'model.moe.dispatch.combine': ('bf16', 'logfmt8', 'logfmt10', 'plain'),
   'optimizer.moments': ('bf16', 'fp32'),
   'mesh.zero': (0, 1, 3),
 }
@@ -320,8 +353,37 @@ _MAY_BE_ZERO = {
   'objective.bias_speed', 'objective.bias_stop_tokens', 'data.fim_rate', 'data.workers',
   'checkpoint.keep_every', 'run.seed', 'run.eval_every',
 }  # fmt: skip
-_MAY_BE_EMPTY = {'data.tokenizer', 'data.cache_dir', 'run.prompt'}
+_MAY_BE_EMPTY = {'data.tokenizer', 'data.cache_dir', 'run.prompt', 'run.init_from'}
 _BELOW_ONE = ('optimizer.beta1', 'optimizer.beta2', 'optimizer.ema_decay', 'data.heldout')
+
+
+def _check_pipeline(c: Config, want: Callable[[bool, str, str], None]) -> None:
+  """DualPipe feeds half of the micro-batches from each end (3.2.1); a stage has a block at least."""
+  pipe, m, b = c.mesh.pipe, c.model, c.batch
+  even = f'be 1 or even ({pipe - 1} or {pipe + 1}): micro-batches enter at both ends'
+  want(pipe % 2 == 0, 'mesh.pipe', even)
+  blocks = m.num_layers + m.mtp_depth
+  most = f'be at most {blocks - blocks % 2}: model.num_layers + model.mtp_depth = {blocks} blocks'
+  want(pipe <= blocks, 'mesh.pipe', most)
+  # The last stage, which has the MTP modules, is one of the shortest.
+  room = (
+    f'be at most {max(blocks // m.mtp_depth, 1)}: the last stage has all MTP modules'
+    if m.mtp_depth
+    else ''
+  )
+  want(blocks // pipe >= m.mtp_depth, 'mesh.pipe', room)
+  want(
+    c.mesh.zero == 1, 'mesh.zero', 'be 1 with mesh.pipe > 1: stages are gathered from a split state'
+  )
+  alone = 'be False with mesh.pipe > 1, where forward and backward overlap'
+  want(not m.dual_batch, 'model.dual_batch', alone)
+  count, ways = b.size // b.micro_size, c.mesh.data * c.mesh.node * c.mesh.local
+  right = [
+    n for n in range(ways, b.micro_size, ways) if b.size % (2 * n) == 0 and b.size // n >= 2 * pipe
+  ]
+  could = f'be {right[-1]}' if right else f'divide a larger batch.size, at least {2 * pipe * ways}'
+  why = f'{could}: mesh.pipe = {pipe} wants an even number of at least {2 * pipe} micro-batches, not {count}'
+  want(count % 2 == 0 and count >= 2 * pipe, 'batch.micro_size', why)
 
 
 def check(c: Config) -> Config:
@@ -376,6 +438,12 @@ def check(c: Config) -> Config:
   if e.scoring == 'sigmoid' and e.num_groups > 1:
     pairs = f'be at most {e.num_experts // 2}, two experts a group: its two best rank it'
     want(per_group >= 2, 'model.moe.num_groups', pairs)
+  if e.scoring == 'softmax':
+    want(
+      c.objective.bias_speed == 0,
+      'objective.bias_speed',
+      'be 0: softmax routing has no bias to move',
+    )
 
   # ---- the step and the run ----------------------------------------------------------------------
   at_most('batch.seq_len', 'model.max_length')
@@ -385,8 +453,24 @@ def check(c: Config) -> Config:
   multiple('batch.size', 'batch.micro_size')
   multiple('batch.start_size', 'batch.micro_size')
   multiple('batch.micro_size', 'mesh.data', 'mesh.node', 'mesh.local')
+  ways = c.mesh.data * c.mesh.node * c.mesh.local
+  if m.dual_batch and c.batch.micro_size % ways == 0:
+    halved = f'be a multiple of {2 * ways}: model.dual_batch halves the rows of each device'
+    want(c.batch.micro_size % (2 * ways) == 0, 'batch.micro_size', halved)
   multiple('model.moe.num_experts', 'mesh.node', 'mesh.local')
-  want(c.mesh.pipe == 1, 'mesh.pipe', 'be 1: layers are not split over devices')
+  form = e.dispatch.form
+  if form == 'two_hop' and c.mesh.node > 1:
+    whole = f'be a multiple of mesh.node = {c.mesh.node}: two_hop wants whole groups on a node'
+    want(e.num_groups % c.mesh.node == 0, 'model.moe.num_groups', whole)
+    fewer = (
+      f"be at most mesh.node = {c.mesh.node}: two_hop would limit no token's nodes; 'auto' may"
+    )
+    want(e.top_groups <= c.mesh.node, 'model.moe.top_groups', fewer)
+  if form in ('allgather', 'dense') and e.dispatch.combine.startswith('logfmt'):
+    summed = f"be 'bf16' or 'plain': {form} sums on the way, where codes cannot be added"
+    want(False, 'model.moe.dispatch.combine', summed)
+  if c.mesh.pipe > 1:
+    _check_pipeline(c, want)
   at_most('optimizer.end_lr', 'optimizer.peak_lr')
   rows = 2**32 - c.batch.size  # the state counts sequences in 32 bits
   most = f'be at most {rows * c.batch.seq_len}: 2**32 sequences of batch.seq_len'

@@ -127,6 +127,56 @@ def training_flops_per_token(
   return flops
 
 
+# ---- what runs in FP8 ----------------------------------------------------------------------------
+
+
+def fp8_flops_share(m: Model, seq_len: int) -> float:
+  """Part of a training step's matmul FLOPs that FP8 GEMMs do, MTP and routers counted; 0 under bf16, fp32.
+
+  Outside are the output head, the routers, MTP's projection and the attention core (causal).
+  """
+  if not m.precision.startswith('fp8'):
+    return 0.0
+  moe = m.num_layers - m.num_dense_layers + m.mtp_depth
+  linear = (m.num_dense_layers + moe) * attention_parameters(m)
+  linear += m.num_dense_layers * ffn_parameters(m) + moe * _chosen_experts(m)
+  total = training_flops_per_token(m, seq_len, mtp=True) + 6 * moe * router_parameters(m)
+  return 6 * linear / total
+
+
+def kept_bytes(m: Model) -> tuple[int, int]:
+  """(in FP8 or E5M6 with their scales, all) bytes of activations between forward and backward, per token.
+
+  Of all blocks, MTP's included, under remat = 'latents'; rows that came from other devices and the
+  empty slots of experts aside.
+  """
+  a, e, fp8 = m.mla, m.moe, m.precision.startswith('fp8')
+  number = 4 if m.precision == 'fp32' else 2
+  tiles = lambda dim: -(-dim // 128)
+  codes = lambda dim: dim + 4 * tiles(dim) if fp8 else number * dim
+  out = a.v_dim + 68 * tiles(a.v_dim) if fp8 else number * a.v_dim  # a head's; E5M6, `kernels/e5m6`
+  dense, moe = m.num_dense_layers, m.num_layers - m.num_dense_layers + m.mtp_depth
+  attention = (dense + moe) * a.num_heads * out
+  hidden = dense * 2 * codes(m.ffn_dim)
+  hidden += moe * (e.top_k * 2 * codes(e.expert_dim))
+  hidden += moe * 2 * codes(e.num_shared * e.expert_dim) if e.num_shared else 0
+  latents = a.q_rank + a.kv_rank + a.rope_dim
+  block = number * (2 * m.dim + latents) + 4 * a.num_heads  # input, residual, latents; log-sum-exp
+  total = attention + hidden + (dense + moe) * block + moe * 8 * e.top_k  # ids and weights
+  return (attention + hidden if fp8 else 0), total
+
+
+def describe_precision(m: Model, seq_len: int) -> str:
+  """'precision: fp8; 87 % of matmul FLOPs in FP8, 72 % of ...'."""
+  kept, total = kept_bytes(m)
+  if not kept:
+    return f'precision: {m.precision}'
+  return (
+    f'precision: {m.precision}; {100 * fp8_flops_share(m, seq_len):.1f} % of matmul FLOPs in FP8, and '
+    f"{100 * kept / total:.1f} % of the {total:,} bytes a token that remat='latents' keeps"
+  )
+
+
 def _chosen_experts(m: Model) -> int:
   """Weights of the experts that one token passes in one layer."""
   return (m.moe.top_k + m.moe.num_shared) * expert_parameters(m)

@@ -99,14 +99,7 @@ def _quit(error: Exception) -> None:
 def load(path: str) -> ml_collections.ConfigDict:
   """`get_config(ARG)` of the file 'PATH:ARG', or `get_config()` of 'PATH'; raises ConfigError."""
   path, colon, arg = path.partition(':')
-  if not os.path.isfile(path):
-    raise ConfigError(f'{path}: no such file; must be a Python file with get_config(arg)')
-  with open(path, 'rb') as file:
-    source = file.read()
-  # Not imported: a bytecode cache takes two versions of one second for the same.
-  names = {'__name__': 'config', '__file__': path}
-  _call(path, lambda: exec(compile(source, path, 'exec'), names))
-  get_config = names.get('get_config')
+  get_config = _names(path).get('get_config')
   if not callable(get_config):
     raise ConfigError(f"{path}: has no function get_config(arg='') that returns the config")
   values = _call(path, lambda: get_config(*([arg] if colon else [])))
@@ -114,6 +107,27 @@ def load(path: str) -> ml_collections.ConfigDict:
     told = f'returns {type(values).__name__}, must return an ml_collections.ConfigDict'
     raise ConfigError(f'{path}: get_config {told}')
   return values
+
+
+def load_hyper(path: str, h: Any) -> Any:
+  """What `get_hyper(h)` of the file 'PATH' or 'PATH:ARG' returns; raises ConfigError."""
+  path = path.partition(':')[0]
+  get_hyper = _names(path).get('get_hyper')
+  if not callable(get_hyper):
+    raise ConfigError(f'{path}: has no function get_hyper(h) that returns the points of a sweep')
+  return _call(path, lambda: get_hyper(h))
+
+
+def _names(path: str) -> dict[str, Any]:
+  """What a config file defines."""
+  if not os.path.isfile(path):
+    raise ConfigError(f'{path}: no such file; must be a Python file with get_config(arg)')
+  with open(path, 'rb') as file:
+    source = file.read()
+  # Not imported: a bytecode cache takes two versions of one second for the same.
+  names = {'__name__': 'config', '__file__': path}
+  _call(path, lambda: exec(compile(source, path, 'exec'), names))
+  return names
 
 
 def _call(path: str, function: Callable[[], Any]) -> Any:

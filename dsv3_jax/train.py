@@ -2,12 +2,15 @@
 
 Every value of the config can be overridden by a flag (`--config.model.num_layers=6`); `:debug` behind
 the config's name shrinks it to seconds. The same command again continues an interrupted run, on the
-same mesh to the bit. SIGTERM and Ctrl-C save and exit with 0.
+same mesh to the bit. SIGTERM and Ctrl-C save and exit with 0. Several processes, started by `launch/`,
+are one run: each reads the rows of its own devices, process 0 alone writes the record and speaks.
+
+`--config.run.init_from=DIR` starts from the weights and the tokenizer of another folder: that of a run, or
+of an import (`dsv3_jax/weights/convert.py`).
 """
 
 import contextlib
 import functools
-import signal
 import sys
 import time
 from typing import Any, NamedTuple
@@ -18,13 +21,14 @@ from absl import flags as absl_flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax import config, counts, flags, mesh, report, runtime
+from dsv3_jax import config, counts, flags, mesh, processes, report, runtime
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import batches, corpora
 from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dsv3_jax.inference.decode import Decoder
 from dsv3_jax.inference.sampling import Sampling
-from dsv3_jax.inference.stream import TextStream, stream
+from dsv3_jax.inference.stream import TextStream, engine_for, stream
+from dsv3_jax.parallel import dispatch
 from dsv3_jax.report import ReportError
 from dsv3_jax.training import evaluation, schedule, state, workdir
 from dsv3_jax.training.checkpoint import Checkpointer, CheckpointError
@@ -65,21 +69,23 @@ def main(c: config.Config, given: flags.Given) -> int:
 def train(c: config.Config, folder: str, name: str) -> int:
   # ---- host --------------------------------------------------------------------------------------
   runtime.keep_freed_memory()
+  processes.join()
   device_mesh = mesh.make_mesh(c.mesh)
   first = jax.process_index() == 0
   say = functools.partial(print, flush=True) if first else lambda *_: None
   # ---- data --------------------------------------------------------------------------------------
   corpus = corpora.open_corpus(c.data)
-  tokenizer = load_tokenizer(c.data, c.model.vocab_size, corpus)
-  data = batches.train_batches(
-    c, corpus, tokenizer, process_index=jax.process_index(), process_count=jax.process_count()
-  )
+  tokenizer = load_tokenizer(workdir.data_of(c, folder), c.model.vocab_size, corpus)
+  mine = mesh.rows_here(device_mesh, c.batch.micro_size)
+  data = batches.train_batches(c, corpus, tokenizer, mine=mine)
   heldout = batches.heldout_rows(c, corpus, tokenizer)
   workdir.claim(folder, c)
   platform = device_mesh.devices.flat[0].platform
   devices = f'{device_mesh.size} {platform} device{"s" * (device_mesh.size > 1)}'
   say(f'{name}: {short(counts.parameters(c.model))} parameters, '
       f'{short(counts.active_parameters(c.model, embedding=True))} active per token; {devices}')  # fmt: skip
+  say(counts.describe_precision(c.model, c.batch.seq_len))
+  say(dispatch.describe(c.model.moe, device_mesh))
   say(batches.describe(corpus, tokenizer))
   # ---- programs ----------------------------------------------------------------------------------
   step_fn = make_step(c, device_mesh)
@@ -87,7 +93,8 @@ def train(c: config.Config, folder: str, name: str) -> int:
 
   def score(s: state.State) -> evaluation.Evaluation:
     weights = s['params'], s['router_bias']
-    return evaluation.evaluate(nats, device_mesh, *weights, heldout, c.batch.micro_size)
+    rows = c.batch.micro_size * c.mesh.pipe
+    return evaluation.evaluate(nats, device_mesh, *weights, heldout, rows)
 
   with contextlib.ExitStack() as stack:
     stack.callback(data.close)
@@ -100,6 +107,9 @@ def train(c: config.Config, folder: str, name: str) -> int:
       train_state, start = restored.state, restored.step
       data.set_state(restored.data_state)
       say(f'continues from checkpoint {start} in {folder}')
+    elif c.run.init_from:
+      train_state, start = workdir.start_from(c.run.init_from, c, device_mesh), 0
+      say(f'starts from the weights in {c.run.init_from}')
     else:
       train_state, start = state.init(c, device_mesh), 0
     if first:  # now that `set_state` has not refused it
@@ -142,12 +152,12 @@ def train(c: config.Config, folder: str, name: str) -> int:
       began = now
 
     # ---- steps -----------------------------------------------------------------------------------
-    stopping = stack.enter_context(_stop_signals())
+    stop = stack.enter_context(processes.Stop(device_mesh))
     step, sequences = start, int(train_state['sequences'])
-    started, stop = None, False
-    while step < total and not stop:
+    started, stopped = None, False
+    while step < total and not stopped:
       count = schedule.micro_batches(c.batch, sequences)
-      tokens_ABX, count_array = _fetch(c, device_mesh, data, count)
+      tokens_ABX, count_array = _fetch(c, device_mesh, data, mine, count)
       with jax.transfer_guard('disallow'):
         train_state, figures = step_fn(train_state, tokens_ABX, count_array)
       if started:
@@ -156,8 +166,8 @@ def train(c: config.Config, folder: str, name: str) -> int:
       step, sequences = step + 1, sequences + rows
       started = _Started(step, rows * c.batch.seq_len, sequences * c.batch.seq_len, figures)
       # What wants the state of this step, or an idle device, comes before the next step is started.
-      stop = bool(stopping)
-      save_due = step % c.checkpoint.every_steps == 0 or step == total or stop
+      stopped = stop.agreed()
+      save_due = step % c.checkpoint.every_steps == 0 or step == total or stopped
       eval_due = c.run.eval_every > 0 and step % c.run.eval_every == 0 and step < total
       dot_due = platform == 'cpu' and step % 20 == 0
       if save_due or eval_due or dot_due:
@@ -183,6 +193,7 @@ def train(c: config.Config, folder: str, name: str) -> int:
   if first:
     page = report.draw(folder)
     say(f'{folder} holds config.json, metrics.jsonl, tensorboard/, checkpoints/; report: {page}')
+  processes.wait_for_all('report')
   return 0
 
 
@@ -196,36 +207,22 @@ class _Started(NamedTuple):
 
 
 def _fetch(
-  c: config.Config, device_mesh: jax.sharding.Mesh, data: Any, count: int
+  c: config.Config, device_mesh: jax.sharding.Mesh, data: Any, mine: list[int], count: int
 ) -> tuple[jax.Array, jax.Array]:
-  """`count` micro-batches in a buffer of the full batch's size, and the count, on the devices."""
+  """`count` micro-batches in a buffer of the full batch's size, and the count, on the devices.
+
+  `data` gives the rows `mine` of each, all that this process's devices hold.
+  """
   most = c.batch.size // c.batch.micro_size
   rows = [next(data) for _ in range(count)]
   rows += [np.zeros_like(rows[0])] * (most - count)
   sharding = NamedSharding(device_mesh, P(None, mesh.TOKENS, None))
   shape = (most, c.batch.micro_size, c.batch.seq_len + 1)
-  tokens_ABX = jax.make_array_from_process_local_data(sharding, np.stack(rows), shape)
-  return tokens_ABX, jax.device_put(np.int32(count), NamedSharding(device_mesh, P()))
-
-
-@contextlib.contextmanager
-def _stop_signals():
-  """A list that gets an entry on SIGTERM or SIGINT; a second SIGINT interrupts as usual."""
-  caught: list[int] = []
-  before = {}
-
-  def note(number: int, frame: Any) -> None:
-    del frame
-    caught.append(number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    before[number] = signal.signal(number, note)
-  try:
-    yield caught
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
+  here_AbX = np.stack(rows)
+  take = lambda index: here_AbX[:, np.searchsorted(mine, range(shape[1])[index[1]])]
+  tokens_ABX = jax.make_array_from_callback(shape, sharding, take)
+  everywhere = NamedSharding(device_mesh, P())
+  return tokens_ABX, jax.make_array_from_callback((), everywhere, lambda _: np.int32(count))
 
 
 def _sample(
@@ -238,10 +235,9 @@ def _sample(
   prompt = [tokenizer.bos_id, *tokenizer.encode(c.run.prompt)]
   text = TextStream(tokenizer)
   sampling = Sampling(temperature=0.7, top_p=0.9, seed=c.run.seed)
-  tokens = stream(
-    decoder, [prompt], tokenizer, sampling=sampling, max_tokens=_SAMPLE_TOKENS, samples=1
-  )
-  pieces = [text.push(token) for (token,) in tokens if token is not None]
+  engine = engine_for(decoder, tokenizer, [prompt], max_tokens=_SAMPLE_TOKENS)
+  steps = stream(engine, [prompt], sampling=sampling, max_tokens=_SAMPLE_TOKENS)
+  pieces = [text.push(token) for (tokens,) in steps for token in tokens]
   return c.run.prompt + ''.join(pieces) + text.close()
 
 

@@ -87,6 +87,7 @@ def test_debug_keeps_the_kind_of_the_model():
   c = config.default()
   c.model.mla.q_rank = 0
   c.model.moe.update(num_groups=1, top_groups=1, scoring='softmax', normalize=False, num_shared=2)
+  c.objective.bias_speed = 0.0
   c.model.update(mtp_depth=2, num_dense_layers=0, max_length=131_072)
   m = config.freeze(config.debug(c)).model
   assert m.mla.q_rank == 0 and m.mtp_depth == 2 and m.num_dense_layers == 0
@@ -198,7 +199,7 @@ def test_negative_numbers_are_refused(key):
 
 @pytest.mark.parametrize('key', KEYS[str])
 def test_an_empty_string_is_refused_unless_it_has_a_meaning(key):
-  if key in ('data.tokenizer', 'data.cache_dir', 'run.prompt'):
+  if key in ('data.tokenizer', 'data.cache_dir', 'run.prompt', 'run.init_from'):
     config.freeze(changed(key, ''))
   else:
     assert message(changed(key, '')).startswith(f"{key} = '': must ")
@@ -228,7 +229,30 @@ def test_a_placeholder_that_was_filled_counts_as_its_value():
     ({'model.precision': 'fp16'}, "model.precision = 'fp16': must be one of 'bf16', 'fp32'"),
     ({'model.remat': 'all'}, "model.remat = 'all': must be one of 'none', 'block', 'latents'"),
     ({'model.moe.scoring': 'top'}, "model.moe.scoring = 'top': must be one of"),
-    ({'model.moe.dispatch': 'flat'}, "model.moe.dispatch = 'flat': must be one of"),
+    ({'model.moe.dispatch.form': 'a2a'}, "model.moe.dispatch.form = 'a2a': must be one of 'auto'"),
+    (
+      {'model.moe.dispatch.payload': 'fp4'},
+      "payload = 'fp4': must be one of 'fp8', 'bf16', 'plain'",
+    ),
+    ({'model.moe.dispatch.combine': 'fp8'}, "combine = 'fp8': must be one of 'bf16', 'logfmt8'"),
+    ({'model.moe.dispatch.capacity': 0.0}, 'model.moe.dispatch.capacity = 0.0: must be positive'),
+    (
+      {'model.moe.dispatch.form': 'allgather', 'model.moe.dispatch.combine': 'logfmt8'},
+      "combine = 'logfmt8': must be 'bf16' or 'plain': allgather sums on the way",
+    ),
+    (
+      {'model.moe.dispatch.form': 'two_hop', 'mesh.node': 8},
+      'model.moe.num_groups = 4: must be a multiple of mesh.node = 8: two_hop wants whole groups',
+    ),
+    (
+      {
+        'model.moe.dispatch.form': 'two_hop',
+        'model.moe.top_groups': 3,
+        'mesh.node': 2,
+      },
+      'model.moe.top_groups = 3: must be at most mesh.node = 2: two_hop would limit no token',
+    ),
+    ({'mesh.node': 2, 'mesh.local': 8}, 'model.moe.num_experts = 8: must be a multiple of 16 = '),
     ({'optimizer.moments': 'fp8'}, "optimizer.moments = 'fp8': must be one of 'bf16', 'fp32'"),
     ({'mesh.zero': 2}, 'mesh.zero = 2: must be one of 0, 1, 3'),
     ({'mesh.zero': -1}, 'mesh.zero = -1: must be one of 0, 1, 3'),
@@ -236,6 +260,10 @@ def test_a_placeholder_that_was_filled_counts_as_its_value():
     ({'optimizer.beta2': 1.0}, 'optimizer.beta2 = 1.0: must be below 1'),
     ({'optimizer.ema_decay': 1.0}, 'optimizer.ema_decay = 1.0: must be below 1'),
     ({'data.heldout': 1.0}, 'data.heldout = 1.0: must be below 1'),
+    (
+      {'model.moe.scoring': 'softmax'},
+      'objective.bias_speed = 0.001: must be 0: softmax routing has no bias to move',
+    ),
     ({'data.fim_rate': 1.1}, 'data.fim_rate = 1.1: must be at most 1'),
     ({'run.seed': 2**32}, 'run.seed = 4294967296: must be below 2**32'),
     ({'model.num_dense_layers': 3}, 'must be below model.num_layers = 3'),
@@ -260,7 +288,36 @@ def test_a_placeholder_that_was_filled_counts_as_its_value():
       {'mesh.node': 4, 'mesh.local': 4, 'batch.micro_size': 16, 'batch.size': 16},
       'model.moe.num_experts = 8: must be a multiple of 16 = mesh.node * mesh.local',
     ),
-    ({'mesh.pipe': 2}, 'mesh.pipe = 2: must be 1: layers are not split over devices'),
+    (
+      {'mesh.pipe': 3, 'batch.micro_size': 1},
+      'mesh.pipe = 3: must be 1 or even (2 or 4): micro-batches enter at both ends',
+    ),
+    (
+      {'mesh.pipe': 6, 'batch.size': 16, 'batch.micro_size': 1},
+      'mesh.pipe = 6: must be at most 4: model.num_layers + model.mtp_depth = 4 blocks',
+    ),
+    (
+      {'mesh.pipe': 4, 'model.mtp_depth': 2, 'batch.micro_size': 1},
+      'mesh.pipe = 4: must be at most 2: the last stage has all MTP modules',
+    ),
+    (
+      {'mesh.pipe': 4},
+      'batch.micro_size = 8: must be 1: mesh.pipe = 4 wants an even number of at least 8 '
+      'micro-batches, not 1',
+    ),
+    (
+      {'mesh.pipe': 2, 'mesh.data': 4},
+      'batch.micro_size = 8: must divide a larger batch.size, at least 16: mesh.pipe = 2 wants an '
+      'even number of at least 4 micro-batches, not 1',
+    ),
+    (
+      {'mesh.pipe': 2, 'mesh.zero': 3, 'batch.micro_size': 2},
+      'mesh.zero = 3: must be 1 with mesh.pipe > 1: stages are gathered from a split state',
+    ),
+    (
+      {'mesh.pipe': 2, 'model.dual_batch': True, 'batch.micro_size': 2},
+      'model.dual_batch = True: must be False with mesh.pipe > 1, where forward and backward overlap',
+    ),
     (
       {'optimizer.end_lr': 1.0},
       'optimizer.end_lr = 1.0: must be at most optimizer.peak_lr = 0.003',
@@ -298,7 +355,7 @@ def test_choices_and_exceptions_name_keys_that_exist():
 
 GROUPS = {c.__name__: c for c in vars(config).values() if dataclasses.is_dataclass(c)}
 AT = {config.Config: ''}  # where each dataclass stands: {Mla: 'model.mla.'}
-for group in [config.Config, config.Model]:
+for group in [config.Config, config.Model, config.Moe]:
   for field in dataclasses.fields(group):
     if dataclasses.is_dataclass(field.type):
       AT[field.type] = f'{AT[group]}{field.name}.'

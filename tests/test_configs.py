@@ -39,7 +39,8 @@ def commands(name):
 @pytest.mark.parametrize('arg', ['', 'debug'])
 @pytest.mark.parametrize('name', FILES)
 def test_every_config_freezes_and_so_does_its_debug_form(name, arg):
-  config.freeze(load(name, arg))
+  c = config.freeze(load(name, arg))
+  assert config.from_json(config.to_json(c)) == c
 
 
 @pytest.mark.parametrize('name', FILES)

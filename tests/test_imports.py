@@ -15,24 +15,37 @@ CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
 BASE = {'compat', 'config', 'mesh'}
 OPS = {'kernels', 'precision'}
 MODEL = BASE | OPS | {'parallel'}
-RUNS = MODEL | {'model', 'counts', 'data', 'runtime', 'flags'}
+RUNS = MODEL | {'model', 'counts', 'data', 'runtime', 'flags', 'console'}
 PARTS = {
   'compat': set(),
   'runtime': set(),
   'config': set(),
   'counts': {'config'},
+  'console': {'config'},
   'flags': {'config'},
+  'hyper': {'config'},
   'mesh': {'compat', 'config'},
+  'processes': {'config'},
   'kernels': {'compat'},
   'precision': BASE | {'kernels'},
   'parallel': BASE | OPS,
   'data': {'config'},
+  'dispatching': MODEL | {'runtime', 'console'},
   'model': MODEL,
-  'weights': MODEL | {'model'},
-  'codesign': {'config', 'counts'},
-  'training': RUNS,
+  'weights': MODEL | {'model', 'console'},
+  'codesign': {'config', 'counts', 'parallel', 'console', 'flags'},
+  'training': RUNS | {'weights'},
   'inference': RUNS | {'weights'},
+  'serving': RUNS | {'inference'},
   'posttraining': RUNS | {'weights', 'training', 'inference'},
+  'conversion': RUNS | {'weights', 'training'},
+}
+# Files of a package that no other part imports, and that may themselves import more than it.
+PROGRAM_FILES = {
+  f'weights/{name}.py': 'conversion'
+  for name in ('convert', 'bench_convert', 'importing', 'exporting', 'inspecting', 'trained')
+} | {
+  name: 'dispatching' for name in ('parallel/bench_dispatch.py', 'parallel/pipeline/__main__.py')
 }
 PROGRAMS = PARTS.keys() | {'report'}  # of the programs, only the report is called by others
 PACKAGES = {path.name for path in (ROOT / 'dsv3_jax').iterdir() if path.is_dir()} - {'__pycache__'}
@@ -50,7 +63,8 @@ def imports(path):
 
 def part(path):
   """'model' for dsv3_jax/model/mla.py, 'mesh' for dsv3_jax/mesh.py."""
-  return path.relative_to(ROOT / 'dsv3_jax').parts[0].removesuffix('.py')
+  inside = path.relative_to(ROOT / 'dsv3_jax')
+  return PROGRAM_FILES.get(inside.as_posix(), inside.parts[0].removesuffix('.py'))
 
 
 def named(path):
@@ -68,6 +82,14 @@ def test_imports_point_one_way(path):
   assert here in PARTS or here not in PACKAGES, f'say in PARTS what {here} may import'
   below = PARTS.get(here, PROGRAMS)
   assert inside <= below, f'{here} may not import {sorted(inside - below)}'
+
+
+def test_no_part_imports_the_program_of_another():
+  programs = {name.removesuffix('.py').replace('/', '.') for name in PROGRAM_FILES}
+  for path in FILES:
+    if part(path) != 'conversion':
+      inside = {name.removeprefix('dsv3_jax.') for name in imports(path)}
+      assert not inside & programs, path
 
 
 def test_the_table_of_parts_itself_points_one_way():
@@ -94,7 +116,7 @@ def test_only_the_checkpoints_import_orbax():
   assert found == ['dsv3_jax/training/checkpoint.py']
 
 
-WITHOUT_JAX = {'config', 'counts', 'flags', 'data', 'report', 'codesign'}
+WITHOUT_JAX = {'config', 'counts', 'flags', 'hyper', 'data', 'report', 'codesign'}
 
 
 @pytest.mark.parametrize('path', [p for p in FILES if part(p) in WITHOUT_JAX], ids=named)

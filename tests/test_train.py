@@ -271,11 +271,11 @@ def refusal(programs, tmp_path):
 
 
 def test_a_mesh_larger_than_the_machine_is_refused_with_both_sizes(refusal):
-  told = refusal('mesh.data=16', 'batch.micro_size=16', 'batch.size=16', 'batch.start_size=16')
+  told = refusal('mesh.data=32', 'batch.micro_size=32', 'batch.size=32', 'batch.start_size=32')
   assert told.startswith(
-    'mesh = pipe 1 x data 16 x node 1 x local 1 = 16 devices: only 8 cpu devices'
+    'mesh = pipe 1 x data 32 x node 1 x local 1 = 32 devices: only 16 cpu devices'
   )
-  assert '\n' not in told and 'JAX_NUM_CPU_DEVICES=16' in told
+  assert '\n' not in told and 'JAX_NUM_CPU_DEVICES=32' in told
 
 
 @pytest.mark.parametrize(

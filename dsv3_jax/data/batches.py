@@ -5,11 +5,15 @@ The training data is one endless stream, a pure function of the corpus, the toke
 
 1. epoch after epoch, the training documents in an order shuffled by `run.seed + epoch`;
 2. each turned into tokens, with fill-in-the-middle drawn from (`run.seed`, its number in the stream);
-3. packed into rows (`packing.py`); a batch is the next `batch.micro_size` rows.
+3. packed into rows (`packing.py`);
+4. each window of `data.shuffle_rows` rows in an order shuffled by `run.seed` and its number: rows of one
+   document follow each other, and batches of a single document teach little (the quickstart's loss was
+   1 nat higher); a batch is the next `batch.micro_size` rows.
 
-A place in the stream is a document's number and a token in it, and that is all of an iterator's state:
-two numbers, equal on every host, that do not depend on how many hosts, worker processes or rows share
-the work. So a run resumes exactly on another number of hosts.
+A place in the stream is where a window starts, a document's number and a token in it, and how many of
+the window's rows are taken. That is all of an iterator's state: four numbers, equal on every host, that
+do not depend on how many hosts or worker processes share the work. So a run resumes exactly on another
+number of hosts.
 
 The price: each host turns the whole stream into tokens and keeps its share of the rows. At the report's
 pace (14.8T tokens in 54 days) that is 12 MB/s, and a core encodes about 2: six worker processes
@@ -20,6 +24,7 @@ depend on the number of hosts.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -41,33 +46,25 @@ def train_batches(
   corpus: Corpus,
   tokenizer: Tokenizer,
   *,
-  process_index: int = 0,
-  process_count: int = 1,
+  mine: Sequence[int] | None = None,
 ) -> grain.DatasetIterator[np.ndarray]:
-  """Endless batches, int32 [micro_size / process_count, seq_len + 1].
+  """Endless batches, int32 [rows, seq_len + 1]: the rows `mine` of each batch of micro_size, or all.
 
-  The batches of all processes, concatenated in process order, are the same for every `process_count`.
+  The batch is the same for every process, whichever rows of it each one keeps.
   The iterator prepares batches ahead in a thread. `get_state()` is a small dict for JSON, the place
   after the last batch that was *delivered*; after `set_state(state)` the next batch is the one that
   followed then. `close()` ends the thread and the worker processes.
 
-  Raises ConfigError if `micro_size` does not divide, and on `set_state` if the state is one of other
-  data.
+  Raises ConfigError on `set_state` if the state is one of other data.
   """
-  size = cfg.batch.micro_size
-  if size % process_count:
-    right = f'must be a multiple of {process_count}, the number of processes that share the rows'
-    raise ConfigError(f'batch.micro_size = {size}: {right}')
-  share = size // process_count
-  mine = slice(process_index * share, (process_index + 1) * share)
-  batches = _Batches(cfg, corpus, tokenizer, mine)
+  batches = _Batches(cfg, corpus, tokenizer, range(cfg.batch.micro_size) if mine is None else mine)
   return grain.experimental.ThreadPrefetchDatasetIterator(batches, _BATCHES_AHEAD)
 
 
 class _Batches(grain.DatasetIterator[np.ndarray]):
   """The rows `mine` of each batch, made when asked for."""
 
-  def __init__(self, cfg: Config, corpus: Corpus, tokenizer: Tokenizer, mine: slice):
+  def __init__(self, cfg: Config, corpus: Corpus, tokenizer: Tokenizer, mine: Sequence[int]):
     super().__init__()
     self._batch, self._workers, self._mine = cfg.batch, cfg.data.workers, mine
     self._data = {
@@ -75,25 +72,46 @@ class _Batches(grain.DatasetIterator[np.ndarray]):
       'fingerprint of the tokenizer': tokenizer.fingerprint,
       'run.seed': cfg.run.seed,
       'data.fim_rate': cfg.data.fim_rate,
+      'data.shuffle_rows': cfg.data.shuffle_rows,
     }
+    self._seed, self._size = cfg.run.seed, cfg.data.shuffle_rows
     tokens = functools.partial(_tokens, tokenizer, cfg.data.fim_rate, cfg.run.seed)
     # Grain shuffles epoch e with seed + e, and counts the elements of a repeated dataset onwards.
     documents = grain.MapDataset.source(corpus.train).shuffle(cfg.run.seed % 2**32).repeat()
     self._documents = documents.map_with_index(tokens)
-    self._position = packing.Position(0, 0)
-    self._source = self._rows = None
+    self._number, self._start, self._taken = (
+      0,
+      packing.START,
+      0,
+    )  # window, where it starts, rows taken
+    self._window = self._end = self._source = self._rows = None
 
   def __next__(self) -> np.ndarray:
     self._assert_not_closed()
+    batch = [self._next_row() for _ in range(self._batch.micro_size)]
+    return np.stack([batch[i] for i in self._mine])
+
+  def _next_row(self) -> np.ndarray:
     if self._rows is None:
       self._open()
-    batch = list(itertools.islice(self._rows, self._batch.micro_size))
-    self._position = batch[-1][1]
-    return np.stack([row for row, _ in batch[self._mine]])
+    if self._window is None:
+      self._fill()
+    row = self._window[self._taken]
+    self._taken += 1
+    if self._taken == self._size:
+      self._number, self._start, self._taken, self._window = self._number + 1, self._end, 0, None
+    return row
+
+  def _fill(self) -> None:
+    """Reads the rows of a window, and shuffles them."""
+    rows = list(itertools.islice(self._rows, self._size))
+    self._end = rows[-1][1]
+    order = np.random.default_rng((self._seed, self._number)).permutation(self._size)
+    self._window = [rows[i][0] for i in order]
 
   def _open(self) -> None:
-    """Starts the stream at the position."""
-    documents = self._documents[self._position.document :].to_iter_dataset(_READ)
+    """Starts the stream where the window starts."""
+    documents = self._documents[self._start.document :].to_iter_dataset(_READ)
     if self._workers:
       # Worker i of n takes every n-th document from the i-th on, and they are dealt out in turn: the
       # order is the same for every number of workers, and for none.
@@ -102,15 +120,16 @@ class _Batches(grain.DatasetIterator[np.ndarray]):
       options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=_PER_WORKER)
       documents = documents.mp_prefetch(options)
     self._source = iter(documents)
-    self._rows = packing.pack(self._source, self._batch.seq_len, self._position)
+    self._rows = packing.pack(self._source, self._batch.seq_len, self._start)
 
   def _close_source(self) -> None:
     if self._source is not None:
       self._source.close()
-      self._source = self._rows = None
+      self._source = self._rows = self._window = None
 
   def get_state(self) -> dict[str, Any]:
-    return {**self._position._asdict(), 'data': self._data}
+    place = {'window': self._number, **self._start._asdict(), 'taken': self._taken}
+    return place | {'data': self._data}
 
   def set_state(self, state: dict[str, Any]) -> None:
     for key, here in self._data.items():
@@ -119,7 +138,8 @@ class _Batches(grain.DatasetIterator[np.ndarray]):
         right = f'the saved position in the data belongs to {key} = {there!r}; resume with that'
         raise ConfigError(f'{key} = {here!r}: {right}, or start a new run')
     self._close_source()
-    self._position = packing.Position(state['document'], state['token'])
+    self._number, self._taken = state['window'], state['taken']
+    self._start = packing.Position(state['document'], state['token'])
 
   def close(self) -> None:
     self._close_source()

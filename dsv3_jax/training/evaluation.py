@@ -19,10 +19,10 @@ from dsv3_jax import config
 from dsv3_jax.compat import vary
 from dsv3_jax.data.batches import Heldout
 from dsv3_jax.kernels.cross_entropy import cross_entropy
-from dsv3_jax.mesh import TOKENS
+from dsv3_jax.mesh import AXES
 from dsv3_jax.parallel import zero
 from dsv3_jax.precision import recipe
-from dsv3_jax.training.state import layout
+from dsv3_jax.training.state import STACKS, layout
 
 FILE = 'evaluation.json'
 
@@ -50,22 +50,27 @@ class Evaluation:
 def make_nats(c: config.Config, device_mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
   """Jitted (params, router_bias, tokens_BX, weight_BL) -> sum of weighted cross entropies, in nats.
 
-  Rows are split over the token axes; the main model alone is asked, without its MTP modules.
+  Rows are split over all axes, `pipe` included: every device runs all layers, each one's weights gathered
+  where it runs. The main model alone is asked, without its MTP modules.
   """
   at = layout(c)
   specs = at.specs(c)
   placements = zero.by_path(at.placements)
   dtype = recipe.compute_dtype(c.model.precision)
+  weights = recipe.weight_dtype(c.model.precision)
 
   def run(params: Any, router_bias: Any, tokens_bX: jax.Array, weight_bL: jax.Array) -> jax.Array:
-    model = at.module(vary(zero.gather(params, placements, dtype), TOKENS), router_bias)
-    hidden_bLD, _ = model.hidden(c.model, model.embed(c.model, tokens_bX[:, :-1]))
+    rest = {name: x for name, x in params.items() if name not in STACKS}
+    model = at.module(vary(params | zero.gather(rest, placements, weights), AXES), router_bias)
+    hidden_bLD, _ = model.hidden(
+      c.model, model.embed(c.model, tokens_bX[:, :-1]), unshard=zero.by_layer(placements, weights)
+    )
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     head_DV = model.head_DV[...].astype(dtype)
     nats = cross_entropy(flat(hidden_bLD), head_DV, flat(tokens_bX[:, 1:]), flat(weight_bL))
-    return lax.psum(nats, TOKENS)
+    return lax.psum(nats, AXES)
 
-  rows = P(TOKENS, None)
+  rows = P(AXES, None)
   in_specs = (specs['params'], specs['router_bias'], rows, rows)
   return jax.jit(jax.shard_map(run, mesh=device_mesh, in_specs=in_specs, out_specs=P()))
 
@@ -79,7 +84,7 @@ def evaluate(
   rows: int,
 ) -> Evaluation:
   """Runs `nats` over the held-out rows, `rows` at a time, all processes together."""
-  sharding = NamedSharding(device_mesh, P(TOKENS, None))
+  sharding = NamedSharding(device_mesh, P(AXES, None))
 
   def put(x: np.ndarray) -> jax.Array:
     x = np.pad(x, ((0, rows - len(x)), (0, 0)))  # padded rows weigh 0

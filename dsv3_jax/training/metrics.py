@@ -9,6 +9,10 @@
   balance               sequence-wise balance loss, before its alpha
   lr, grad_norm         learning rate; norm of the gradient before clipping
   max_load, mean_load   the fullest expert's load over the mean load: worst layer, mean over layers
+  nodes_per_token, devices_per_token   of an expert group that have experts of a token; mean over layers
+  rounds                of an exchange, mean: 1 unless routing is far from even
+  node_bytes, local_bytes   that a device sends in a step along these axes to bring tokens to experts
+                        and back, forward and backward; these five only where experts are spread
   tokens_per_s, flops_per_s
   heldout_loss, heldout_bpb   nats per token and bits per byte, on evaluation steps
   load                  [layers, experts]: tokens of each expert over its layer's mean; 1 is even;

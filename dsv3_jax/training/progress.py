@@ -14,10 +14,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
-import rich.console
 import rich.progress
-import rich.text
 
+from dsv3_jax import console
 from dsv3_jax.training import metrics
 
 _WINDOW_S = 120.0  # the speed is that of the last two minutes ...
@@ -49,18 +48,9 @@ class Progress:
     self._line = ''
     self._printed_at: float | None = None
     self._printed_step: int | None = None
-    self._bar: rich.progress.Progress | None = None
-    console = rich.console.Console(file=self._stream, force_terminal=self._stream.isatty())
-    if console.is_terminal and not console.is_dumb_terminal:
-      self._bar = rich.progress.Progress(
-        rich.progress.TextColumn('step'),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.BarColumn(bar_width=None),
-        rich.progress.TextColumn('{task.fields[figures]}'),
-        console=console,
-        refresh_per_second=4,
-        expand=True,
-      )
+    counted = rich.progress.TextColumn('step'), rich.progress.MofNCompleteColumn()
+    self._bar = console.bar(self._stream, *counted)
+    if self._bar is not None:
       self._task = self._bar.add_task(
         '', total=total_steps, completed=start_step, figures='compiling'
       )
@@ -103,15 +93,6 @@ class Progress:
     self._line = f'step {step}/{self._total} {100 * step / max(self._total, 1):3.0f}%  {figures}'
     if self._printed_at is None or now - self._printed_at >= self._every_s:
       self._print_line(now)
-
-  def print(self, line: str) -> None:
-    """Prints a line, above the bar where there is one."""
-    if self._bar is not None:
-      self._bar.console.print(
-        rich.text.Text(line), soft_wrap=True
-      )  # Text: brackets stay as they are
-    else:
-      print(line, file=self._stream, flush=True)
 
   def _print_line(self, now: float) -> None:
     self._printed_at, self._printed_step = now, self._step

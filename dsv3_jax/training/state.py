@@ -23,6 +23,9 @@ from dsv3_jax.training import optimizer
 
 State = dict[str, Any]
 
+# Stacks of layers; with ZeRO-3 they are gathered a layer at a time, the rest once a micro-batch.
+STACKS = ('dense_layers', 'moe_layers', 'mtp')
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -35,7 +38,7 @@ class Layout:
 
   def module(self, params: Any, router_bias: Any) -> Transformer:
     """The model over these arrays (tracers too): a view, nothing is copied."""
-    return nnx.merge(self.graph, _variables(params, nnx.Param), _variables(router_bias, RouterBias))
+    return nnx.merge(self.graph, *variables(params, router_bias))
 
   def specs(self, c: config.Config) -> State:
     """PartitionSpec of every leaf of the state."""
@@ -86,8 +89,10 @@ def abstract(c: config.Config, device_mesh: jax.sharding.Mesh) -> State:
   )
 
 
-def _variables(tree: Any, kind: type[nnx.Variable]) -> nnx.State:
-  return nnx.State(jax.tree.map(kind, tree))
+def variables(params: Any, router_bias: Any) -> tuple[nnx.State, nnx.State]:
+  """What `nnx.merge` wants of a module's nested dicts."""
+  kinds = ((nnx.Param, params), (RouterBias, router_bias))
+  return tuple(nnx.State(jax.tree.map(kind, tree)) for kind, tree in kinds)
 
 
 def _is_placement(x: Any) -> bool:

@@ -4,6 +4,7 @@ What one device does, top to bottom:
 1. ZeRO-1: gather the split weights (all_gather over `zero_axes`).
 2. Cast weights to varying, so that no gradient is summed before all micro-batches are done.
 3. For each micro-batch: loss and gradients of this device's rows; add up in FP32.
+   On a pipeline (`pipelined.py`) 1 to 3 are the executor's: micro-batches go through ranks instead.
 4. Sum gradients over the copies of each weight (psum; reduce-scatter where it is split), counts and
    losses over all token axes (psum).
 5. Clip by the global norm, AdamW on this device's part, average of weights, router biases by sign.
@@ -20,14 +21,12 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax import config
 from dsv3_jax.compat import vary
 from dsv3_jax.mesh import TOKENS
-from dsv3_jax.parallel import zero
+from dsv3_jax.model.transformer import whole
+from dsv3_jax.parallel import dispatch, zero
 from dsv3_jax.precision import recipe
-from dsv3_jax.training import balance, optimizer, schedule
+from dsv3_jax.training import balance, optimizer, pipelined, schedule
 from dsv3_jax.training.objective import Terms, objective
-from dsv3_jax.training.state import Layout, State, layout
-
-# Stacks whose layers ZeRO-3 gathers one at a time; the rest is gathered once a micro-batch.
-_STACKS = ('dense_layers', 'moe_layers', 'mtp')
+from dsv3_jax.training.state import STACKS, Layout, State, layout
 
 Step = Callable[[State, jax.Array, jax.Array], tuple[State, dict[str, jax.Array]]]
 
@@ -37,8 +36,10 @@ def make_step(c: config.Config, device_mesh: jax.sharding.Mesh) -> Step:
 
   `tokens_ABX`: int32 [micro-batches, micro_size, seq_len + 1], rows split over the token axes; the
   first `count` micro-batches count, so the ramp of the batch size needs one compilation. metrics:
-  float32 scalars loss, ce, mtp (mean over depths), balance, grad_norm, lr, and load [layers, experts].
+  float32 scalars loss, ce, mtp (mean over depths), balance, grad_norm, lr, where tokens went
+  (`dispatch.figures`), and load [layers, experts].
   """
+  dispatch.check(c.model.moe, device_mesh)
   at = layout(c)
   specs = at.specs(c)
   rows = P(None, TOKENS, None)
@@ -94,6 +95,10 @@ def _device_step(
   metrics['load'] = balance.relative_load(terms.counts)
   if c.model.mtp_depth:
     metrics['mtp'] = jnp.mean(terms.mtp_K)
+  halves = 2 if c.model.dual_batch else 1
+  rows = c.batch.micro_size // (c.mesh.data * c.mesh.node * c.mesh.local * halves)
+  tokens = rows * c.batch.seq_len
+  metrics |= dispatch.figures(c.model, terms.traffic, c.mesh, tokens, halves * count)
   return new, metrics
 
 
@@ -102,17 +107,18 @@ def _gradients(
 ) -> tuple[jax.Array, Terms, Any]:
   """Loss and terms of the global batch, the same on all devices, and this device's part of the gradient."""
   placements = zero.by_path(at.placements)
-  dtype = recipe.compute_dtype(c.model.precision)
+  dtype = recipe.weight_dtype(c.model.precision)
   by_layer = c.mesh.zero == 3
   sequences = count * c.batch.micro_size
   mtp_weight = schedule.mtp_weight(c.objective, _tokens(c, state))
+  if c.mesh.pipe > 1:
+    return pipelined.gradients(c, at, state, tokens_AbX, count, mtp_weight)
 
-  def unshard(name: str, module: Any) -> Any:
-    return zero.gather(module, placements, dtype, prefix=(name,), stacked=1) if by_layer else module
+  unshard = zero.by_layer(placements, dtype) if by_layer else whole
 
   def loss_fn(params: Any, tokens_bX: jax.Array) -> tuple[jax.Array, Terms]:
     if by_layer:
-      rest = {k: v for k, v in params.items() if k not in _STACKS}
+      rest = {k: v for k, v in params.items() if k not in STACKS}
       params = params | zero.gather(rest, placements, dtype)
     model = at.module(params, state['router_bias'])
     return objective(c, model, tokens_bX, mtp_weight, sequences, unshard=unshard)

@@ -41,6 +41,7 @@ def cfg(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Confi
       heldout=0.2,
       cache_dir=str(tmp_path_factory.mktemp('cache')),
       fim_rate=0.5,
+      shuffle_rows=20,
     ),
     model=dataclasses.replace(c.model, vocab_size=VOCAB),
     batch=dataclasses.replace(c.batch, seq_len=24, micro_size=8),

@@ -19,6 +19,11 @@ def change(cfg, **groups):
   )
 
 
+def in_order(cfg):
+  """`cfg` with the rows in the order of the stream."""
+  return change(cfg, data=dict(shuffle_rows=1))
+
+
 def take(iterator, count: int) -> np.ndarray:
   return np.stack(list(itertools.islice(iterator, count)))
 
@@ -51,7 +56,7 @@ def texts_of(stream: list[int], toks) -> list[str]:
 
 
 def test_the_stream_holds_every_training_document_once_an_epoch_in_a_new_order(cfg, corpus, toks):
-  with opened(cfg, corpus, toks) as iterator:
+  with opened(in_order(cfg), corpus, toks) as iterator:
     out = take(iterator, 150)
   assert out.shape == (150, 8, 25)
   assert out.dtype == np.int32
@@ -65,7 +70,7 @@ def test_the_stream_holds_every_training_document_once_an_epoch_in_a_new_order(c
 
 
 def test_fim_cuts_differ_between_epochs_and_are_absent_at_rate_zero(cfg, corpus, toks):
-  with opened(change(cfg, data=dict(fim_rate=1.0)), corpus, toks) as iterator:
+  with opened(change(in_order(cfg), data=dict(fim_rate=1.0)), corpus, toks) as iterator:
     stream = stream_of(take(iterator, 150).reshape(-1, 25))
   starts = [i for i, t in enumerate(stream) if t == toks.bos_id]
   forms = {tuple(stream[a:b]) for a, b in itertools.pairwise(starts)}
@@ -86,29 +91,44 @@ def test_the_seed_decides_the_stream(cfg, corpus, toks):
   assert (outs[0] != outs[2]).any()
 
 
-@pytest.mark.parametrize('process_count', [2, 4, 8])
-def test_the_global_batch_is_the_same_however_many_processes_share_it(
-  cfg, corpus, toks, process_count
-):
+@pytest.mark.parametrize(
+  'shares', [[range(4), range(4, 8)], [[0, 4], [1, 5], [2, 6], [3, 7]]], ids=['blocks', 'strided']
+)
+def test_the_global_batch_is_the_same_whichever_rows_a_process_keeps(cfg, corpus, toks, shares):
   with opened(cfg, corpus, toks) as iterator:
     want = take(iterator, 12)
   parts, states = [], []
-  for index in range(process_count):
-    with opened(cfg, corpus, toks, process_index=index, process_count=process_count) as iterator:
+  for mine in shares:
+    with opened(cfg, corpus, toks, mine=mine) as iterator:
       parts.append(take(iterator, 12))
       states.append(iterator.get_state())
-  np.testing.assert_array_equal(np.concatenate(parts, axis=1), want)
+  for mine, part in zip(shares, parts, strict=True):
+    np.testing.assert_array_equal(part, want[:, list(mine)])
   assert all(state == states[0] for state in states)
 
 
+def test_rows_are_shuffled_within_windows_and_none_is_lost(cfg, corpus, toks):
+  with opened(in_order(cfg), corpus, toks) as iterator:
+    plain = take(iterator, 50).reshape(20, 20, 25)
+  with opened(cfg, corpus, toks) as iterator:
+    mixed = take(iterator, 50).reshape(20, 20, 25)
+  orders = set()
+  for window, rows in zip(plain, mixed, strict=True):
+    number = {row.tobytes(): i for i, row in enumerate(window)}
+    orders.add(tuple(number[row.tobytes()] for row in rows))
+    assert sorted(row.tobytes() for row in rows) == sorted(row.tobytes() for row in window)
+  assert len(orders) == 20 and tuple(range(20)) not in orders
+
+
 def test_a_run_resumes_on_another_number_of_processes_and_another_row_length(cfg, corpus, toks):
+  cfg = in_order(cfg)
   with opened(cfg, corpus, toks) as iterator:
     take(iterator, 17)
     state = iterator.get_state()
     want = take(iterator, 3)
   parts = []
   for index in range(4):
-    with opened(cfg, corpus, toks, process_index=index, process_count=4) as iterator:
+    with opened(cfg, corpus, toks, mine=range(2 * index, 2 * index + 2)) as iterator:
       iterator.set_state(state)
       parts.append(take(iterator, 3))
   np.testing.assert_array_equal(np.concatenate(parts, axis=1), want)
@@ -166,6 +186,7 @@ def test_a_state_of_other_data_is_refused_and_the_difference_named(cfg, corpus, 
   for other, key in (
     (dict(run=dict(seed=9)), 'run.seed = 9'),
     (dict(data=dict(fim_rate=0.1)), 'data.fim_rate = 0.1'),
+    (dict(data=dict(shuffle_rows=7)), 'data.shuffle_rows = 7'),
   ):
     with (
       opened(change(cfg, **other), corpus, toks) as iterator,
@@ -175,11 +196,6 @@ def test_a_state_of_other_data_is_refused_and_the_difference_named(cfg, corpus, 
   renamed = dataclasses.replace(corpus, fingerprint='other')
   with opened(cfg, renamed, toks) as iterator, pytest.raises(ConfigError, match=r'data\.corpus'):
     iterator.set_state(state)
-
-
-def test_an_error_says_when_the_rows_do_not_divide_over_processes(cfg, corpus, toks):
-  with pytest.raises(ConfigError, match=r'batch\.micro_size = 8: must be a multiple of 3'):
-    batches.train_batches(cfg, corpus, toks, process_count=3)
 
 
 def test_an_error_in_a_document_reaches_the_training_loop(cfg, toks, tmp_path):

@@ -208,25 +208,16 @@ def test_tokens_per_s_come_from_the_speed_where_nobody_gives_them():
   assert rates == ['- tokens/s', '1.5K tokens/s', '1.5K tokens/s']
 
 
-def test_printed_lines_stand_among_the_plain_ones_as_they_are(capsys):
-  with Progress(2, 0, 1) as progress:
-    progress.print('saved [bold]1[/bold]')
-    progress.update(2, loss=1.0)
-  assert capsys.readouterr().out.splitlines()[0] == 'saved [bold]1[/bold]'
-
-
-def test_on_a_terminal_there_is_a_live_bar_with_the_same_fields_and_lines_above_it(monkeypatch):
+def test_on_a_terminal_there_is_a_live_bar_with_the_same_fields(monkeypatch):
   monkeypatch.setenv('TERM', 'xterm')
   monkeypatch.setenv('COLUMNS', '120')
   stream, clock = Terminal(), Clock()
   with Progress(40, 0, 100, stream=stream, clock=clock) as progress:
     progress.update(10, loss=3.25)
     clock.now += 10.0
-    progress.print('held-out 1.234 [bits per byte]')
     progress.update(20, loss=3.0)
   shown = stream.getvalue()
   for part in (
-    'held-out 1.234 [bits per byte]',
     '20/40',
     'loss 3.0000',
     '100 tokens/s',

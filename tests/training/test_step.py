@@ -159,7 +159,7 @@ def test_learning_rate_of_the_metrics_is_the_schedule_at_the_sequences_seen():
 
 @pytest.mark.parametrize('shape', [(1, 2, 2, 0)], ids=str)
 def test_dense_dispatch_gives_the_loss_and_gradients_of_allgather(shape):
-  dense = runs.configure(*shape, changes={'model.moe.dispatch': 'dense'})
+  dense = runs.configure(*shape, changes={'model.moe.dispatch.form': 'dense'})
   parity.assert_close(_gradients(dense), _of_one_big_batch())
 
 
@@ -190,7 +190,7 @@ def test_bf16_stays_near_fp32_and_keeps_weights_in_fp32_and_moments_in_bf16():
 
 def test_bf16_split_by_zero_3_over_a_mesh_stays_near_bf16_on_one_device():
   (state, metrics), (expected_state, expected) = _bf16(2, 2, 2, 3), _bf16(*runs.ONE_DEVICE)
-  parity.assert_close(metrics, expected, parity.LIMIT['bfloat16'])
+  parity.assert_close({k: metrics[k] for k in expected}, expected, parity.LIMIT['bfloat16'])
   assert _distance(state, expected_state) < parity.LIMIT['bfloat16']
 
 

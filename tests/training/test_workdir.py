@@ -64,7 +64,8 @@ def _changed(value):
 _FREE = {
   'mesh.pipe', 'mesh.data', 'mesh.node', 'mesh.local', 'mesh.zero', 'checkpoint.every_steps',
   'checkpoint.keep_last', 'checkpoint.keep_every', 'run.log_every', 'run.eval_every', 'run.eval_bytes',
-  'run.prompt', 'run.total_tokens', 'data.workers', 'data.cache_dir', 'model.remat', 'model.unroll', 'model.moe.dispatch',
+  'run.prompt', 'run.total_tokens', 'data.workers', 'data.cache_dir', 'model.remat', 'model.unroll', 'model.dual_batch',
+  'model.moe.dispatch.form', 'model.moe.dispatch.capacity',
 }  # fmt: skip
 
 
@@ -156,6 +157,14 @@ def test_load_is_on_one_device_whole_unless_told_otherwise(run):
   _assert_holds(loaded.model, _config(), 2, 'params')
 
 
+def test_load_of_a_run_that_halved_its_rows_takes_any_number_of_them(run, tmp_path):
+  _copy(run, tmp_path)
+  (tmp_path / workdir.CHECKPOINTS).symlink_to(run / workdir.CHECKPOINTS)
+  workdir.claim(tmp_path, _config(**{'model.dual_batch': True}))
+  loaded = workdir.load(tmp_path)
+  assert loaded.config == dataclasses.replace(_config(), mesh=config.Mesh(zero=0))
+
+
 def test_missing_folder_config_tokenizer_or_checkpoint_is_one_line(run, tmp_path):
   def told() -> str:
     with pytest.raises(ConfigError) as error:
@@ -183,6 +192,8 @@ def test_a_step_that_is_not_there_is_one_line_with_those_that_are(run):
     (b'{"model": ', 'is not JSON: '),
     (b'\xff', 'is not JSON: '),
     (b'[]', 'is not the config of a run: '),
+    (b'3', 'is not the config of a run: '),
+    (b'{"model_type": "deepseek_v3"}', 'is not the config of a run: but of a released model; '),
     (b'{"model": {"dimm": 3}}', 'is not the config of a run: model.dimm = 3: '),
     (b'{"model": {"dim": "3"}}', "is not the config of a run: model.dim = '3': "),
     (b'{"model": {"dim": -1, "num_layers": 0}}', 'is not the config of a run: model.dim = -1: '),
