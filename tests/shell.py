@@ -64,7 +64,9 @@ class Programs:
     """Starts `dsv3_jax.<program>`; a limit on the size of its files stands in for a full disk."""
     command = [sys.executable, '-m', f'dsv3_jax.{program}', *map(str, args)]
     if file_kib is not None:
-      command = ['bash', '-c', f'ulimit -f {file_kib}; exec "$@"', 'bash', *command]
+      # Writes no compiled program: JAX would warn that one does not fit.
+      never = 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=inf'
+      command = ['bash', '-c', f'ulimit -f {file_kib}; {never} exec "$@"', 'bash', *command]
     return subprocess.Popen(
       command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -198,7 +198,6 @@ def test_a_run_stopped_by_sigterm_and_then_by_a_full_disk_continues_to_the_bits_
 def test_a_disk_too_full_for_the_record_ends_the_run_in_one_line_that_names_the_file(
   programs, tmp_path
 ):
-  programs.finished  # noqa: B018, so that no compiled program is written under the limit
   ended = programs.train(tmp_path, 'checkpoint.every_steps=100', file_kib=9)
   told = rf'^train: {tmp_path}/(metrics.jsonl|tensorboard): cannot be written: File too large; '
   assert ended.code == 1 and shell.one_line(ended.err, told)
