@@ -77,7 +77,7 @@ class Overlap:
 
   A loop, branch or call counts once, as a matmul if one stands anywhere inside. Loops of matmuls may run
   any number of times, none included. A kernel counts as a matmul if its name or target says
-  gemm, matmul or dot_general: its inside is not text. Schedulers cover a transfer with the first work that
+  gemm, matmul, wgrad or dot_general: its inside is not text. Schedulers cover a transfer with the first work that
   they take for long enough, a long sum too: no matmul beside it does not say that nothing is.
   """
 
@@ -163,7 +163,7 @@ _CALLED = re.compile(r'\b(?:calls|to_apply|body|condition|\w+_computation)=%?([\
 _BRANCHES = re.compile(r'\b(?:branch_computations|called_computations)=\{([^}]*)\}')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _KERNEL = re.compile(
-  r'(?:custom_call_target|op_name)="[^"]*(?:gemm|matmul|dot_general)', re.IGNORECASE
+  r'(?:custom_call_target|op_name)="[^"]*(?:gemm|matmul|wgrad|dot_general)', re.IGNORECASE
 )
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _STEP = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')

@@ -63,6 +63,7 @@ def kernel(
   out: Any,
   *,
   like: Sequence[jax.Array],
+  inside: Callable[..., Any],
   scratch: Sequence[Any] | dict[str, Any] = (),
   grid: Sequence[int] | None = None,
   warpgroups: int = 1,
@@ -71,19 +72,13 @@ def kernel(
 
   Without a `grid` it is persistent: one block (axis 'block') on each streaming multiprocessor.
   `out`: a ShapeDtypeStruct or a tuple of them; inside a manual shard_map they vary as the arrays `like`.
+  Profiles and compiled programs call it by the operation `inside` of which a function was defined.
   """
-  varying = frozenset().union(*map(compat.varying_axes, like))
-
-  def typed(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if not varying:
-      return shape
-    example = next(x for x in like if compat.varying_axes(x) == varying)
-    kind = jax.typeof(example).manual_axis_type
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, manual_axis_type=kind)
-
-  return plgpu.kernel(
+  body.__name__ = inside.__qualname__.partition('.')[0]
+  # plgpu.kernel drops mesh axes from the types of its results, up to jax 0.12, so they get them behind it.
+  run = plgpu.kernel(
     body,
-    out_type=jax.tree.map(typed, out),
+    out_type=out,
     scratch_types=scratch,
     grid=(blocks(),) if grid is None else tuple(grid),
     grid_names=('block',) if grid is None else AXES[: len(grid)],
@@ -93,6 +88,7 @@ def kernel(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     ),
   )
+  return lambda *operands: compat.vary_like(run(*operands), *like)
 
 
 def blocks() -> int:

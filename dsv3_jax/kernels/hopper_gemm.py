@@ -202,7 +202,7 @@ def gemm(
     'free': plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     'loaded': plgpu.Barrier(num_barriers=2),
   }
-  run = hopper.kernel(body, out, like=inputs, scratch=scratch, warpgroups=3)
+  run = hopper.kernel(body, out, like=inputs, inside=place, scratch=scratch, warpgroups=3)
   return run(*inputs)
 
 

@@ -78,7 +78,8 @@ def run(
   shared = [_shared(view.shape, x.dtype, view.minor) for x, view in (*ins, *outs)]
   shared += [_shared(*each) for each in scratch]
   held = [plgpu.Barrier(num_arrivals=len(ins)), *shared]
-  call = hopper.kernel(kernel, tuple(x for x, _ in outs), like=arrays, scratch=held, grid=grid)
+  results = tuple(x for x, _ in outs)
+  call = hopper.kernel(kernel, results, like=arrays, inside=body, scratch=held, grid=grid)
   return list(call(*arrays))
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax import pods
+from dsv3_jax import config, lowering, pods
 from dsv3_jax.kernels import e5m6, hopper, tiles
 from dsv3_jax.kernels.fp8_matmul import fp8_matmul
 from dsv3_jax.kernels.fp8_wgrad import fp8_wgrad
@@ -129,3 +129,17 @@ def _decode_e5m6(codes, scale):
 def test_what_is_done_element_by_element_spills_nothing(op, shapes, compiled):
   _, report = compiled(op, *shapes)
   _assert_no_spills(report)
+
+
+def test_an_fp8_train_step_on_a_mesh_is_made_of_these_kernels():
+  c = config.debug(config.default())
+  c.update_from_flattened_dict({'model.precision': 'fp8', 'mesh.node': 2, 'mesh.local': 4})
+  c = config.freeze(c)
+  step = lowering.train(c, pods.make_mesh(c.mesh, 'h200:2x4')).traced
+  named = set(re.findall(r'\bname=(\w+)', str(step.jaxpr)))
+  expected = {
+    'fp8_matmul', 'fp8_wgrad', 'grouped_matmul', 'grouped_wgrad', 'quantize_tiles',
+    'quantize_tiles_transposed', 'requantize_transposed', 'quantize_blocks', 'swiglu_quantize',
+    'swiglu_backward', 'encode', 'decode',  # the last two of e5m6
+  }  # fmt: skip
+  assert named >= expected, expected - named
