@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels import e5m6, hopper
+from dsv3_jax.kernels import e5m6, hopper, logfmt
 from dsv3_jax.kernels import hopper_gemm as hg
 from dsv3_jax.kernels.fp8_matmul import fp8_matmul
 from dsv3_jax.kernels.fp8_wgrad import fp8_wgrad
@@ -198,3 +198,18 @@ def test_e5m6_has_the_bits_of_xla():
   _assert_same(codes, expected)
   got = _kernel(e5m6.decode, *expected, 200, jnp.bfloat16)
   _assert_same([got], [e5m6.decode(*expected, 200, jnp.bfloat16, implementation='xla')])
+
+
+@needs_interpreter
+@pytest.mark.parametrize('bits', [8, 10])
+def test_logfmt_gives_xla_s_range_its_codes_but_for_midpoints_and_its_numbers(bits):
+  x = _mixed('bfloat16')
+  codes, *ends = _kernel(logfmt.encode, x, bits)
+  expected, *expected_ends = logfmt.encode(x, bits, implementation='xla')
+  _assert_same(ends, expected_ends)
+  finite = np.isfinite(np.repeat(fp8.f64(ends[0]), 128, axis=-1)[..., : x.shape[-1]])
+  apart = np.abs(codes.astype(int) - np.asarray(expected, int))[finite]
+  assert apart.max() <= 1 and apart.mean() < 1e-3
+  got = _kernel(logfmt.decode, expected, *expected_ends, bits, jnp.float32)
+  expected = logfmt.decode(expected, *expected_ends, bits, jnp.float32, implementation='xla')
+  np.testing.assert_allclose(got, np.asarray(expected), rtol=4e-6)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config, lowering, pods
-from dsv3_jax.kernels import e5m6, hopper, tiles
+from dsv3_jax.kernels import e5m6, hopper, logfmt, tiles
 from dsv3_jax.kernels.fp8_matmul import fp8_matmul
 from dsv3_jax.kernels.fp8_wgrad import fp8_wgrad
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul, masked_matmul
@@ -112,6 +112,14 @@ def _decode_e5m6(codes, scale):
   return e5m6.decode(codes, scale, 16384, BF16)
 
 
+def _encode_logfmt(x):
+  return logfmt.encode(x, 10)
+
+
+def _decode_logfmt(codes, low, high):
+  return logfmt.decode(codes, low, high, 10, BF16)
+
+
 @pytest.mark.parametrize(
   ('op', 'shapes'),
   [
@@ -123,6 +131,8 @@ def _decode_e5m6(codes, scale):
     (swiglu_backward, [_ROWS, _ROWS, _ROWS, ((4096,), F32)]),
     (e5m6.encode, [((4096, 16384), BF16)]),
     (_decode_e5m6, [((4096, 16384 // 2 * 3), jnp.uint8), ((4096, 128), F32)]),
+    (_encode_logfmt, [((4096, 7168), BF16)]),
+    (_decode_logfmt, [((4096, 7168), jnp.uint16), *[((4096, 56), BF16)] * 2]),
   ],
   ids=lambda x: getattr(x, '__name__', '-'),
 )

@@ -45,20 +45,40 @@ def decode(
 
 def codes(x: jax.Array, low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
   """int32, of float32 tiles along the last axis; `low` and `high` have size 1 there."""
-  magnitude = tiles.magnitude_bits(x)
+  return code(x, *of_tile(low, high, bits), bits)
+
+
+def of_tile(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(1 / step, offset, bits of low): what all numbers of a tile share."""
   step = _step(low, high, bits)
   step = jnp.where(step > 0, step, 1)  # any will do for a single magnitude: its code is 1
-  place = _octaves(magnitude, tiles.bits(low)) * (1 / step) + (2 - _mean(step * math.log(2)))
+  return 1 / step, 2 - _mean(step * math.log(2)), tiles.bits(low)
+
+
+def code(
+  x: jax.Array, per_step: jax.Array, offset: jax.Array, low: jax.Array, bits: int
+) -> jax.Array:
+  """int32, of float32 numbers, by the results of `of_tile`."""
+  magnitude = tiles.magnitude_bits(x)
+  place = _octaves(magnitude, low) * per_step + offset
   code = jnp.clip(place.astype(jnp.int32), 1, _last(bits))
-  half_low = jnp.maximum(tiles.bits(low) - tiles.SMALLEST, tiles.SMALLEST)
+  half_low = jnp.maximum(low - tiles.SMALLEST, tiles.SMALLEST)
   code = jnp.where(magnitude < half_low, 0, code)
   return code | (lax.shift_right_logical(tiles.bits(x), 31) << (bits - 1))
 
 
 def values(codes: jax.Array, low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
   """float32 of int32 codes, in tiles along the last axis."""
+  return value(codes, low, log_ratio(low, high, bits), bits)
+
+
+def log_ratio(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
+  """Natural logarithm of the ratio of two neighbouring values."""
+  return _step(low, high, bits) * math.log(2)
+
+
+def value(codes: jax.Array, low: jax.Array, log_r: jax.Array, bits: int) -> jax.Array:
   code = codes & _last(bits)
-  log_r = _step(low, high, bits) * math.log(2)
   power = jnp.exp((code - 1).astype(jnp.float32) * log_r)
   # A low of NaN times the zero of code 0 is NaN as well.
   x = low * jnp.where(code == 0, 0, power)
