@@ -239,7 +239,7 @@ def _tell(runs: list[hyper.Run], folder: pathlib.Path) -> None:
 
 
 def _plot(table: list[tuple[hyper.Run, float]], path: pathlib.Path) -> None:
-  """Over the first number that was swept, a line for each choice of the rest; else a bar per point."""
+  """Over the first number that was swept, a line for each choice of the rest; else a dot per point."""
   matplotlib.use('agg')
   from matplotlib import pyplot
 
@@ -259,7 +259,10 @@ def _plot(table: list[tuple[hyper.Run, float]], path: pathlib.Path) -> None:
     if len(lines) > 1:
       axes.legend(fontsize='small')
   else:
-    axes.barh([run.name for run, _ in table], [value for _, value in table])
+    # Dots: bars would begin at 0, and hide what differs.
+    axes.plot([value for _, value in table], [run.name for run, _ in table], 'o')
+    axes.invert_yaxis()
+    axes.grid(axis='y', alpha=0.3)
   axes.set_title(_METRIC.value)
   figure.savefig(path, dpi=120)
   pyplot.close(figure)

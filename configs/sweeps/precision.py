@@ -21,7 +21,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
 def get_hyper(h: Any) -> list[dict[str, Any]]:
   return h.product(
     [
-      h.sweep('model.precision', ['fp32', 'bf16']),
+      h.sweep('model.precision', ['fp32', 'bf16', 'fp8']),
       h.sweep('optimizer.moments', ['fp32', 'bf16']),
     ]
   )

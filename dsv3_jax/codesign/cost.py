@@ -58,7 +58,7 @@ def device_hours(c: config.Config, hardware: Hardware, mfu: float, *, devices: i
 
 
 # Table 4: seconds of each network, and of the parts that it prints.
-_PARTS = ('1F', 'bubble', '1B', '1W', '1F1B', 'optimizer')
+PARTS = ('1F', 'bubble', '1B', '1W', '1F1B', 'optimizer')
 TABLE_4 = {
   'MPFT': (19.926, (1.13, 2.06, 1.99, 0.48, 13.95, 0.29), '272.80'),
   'MRFT': (19.946, (1.13, 2.03, 1.99, 0.48, 14.00, 0.31), '272.52'),
@@ -145,8 +145,6 @@ def _table_4() -> Table:
       Row(f'{name}: not causal', square / 1e12, 'TFLOP/s', rates[1]),
       Row(f'{name}: causal MFU', 100 * causal / H800.chip.bf16, '%', rates[2]),
       Row(f'{name}: not causal MFU', 100 * square / H800.chip.bf16, '%', rates[3]),
-      Row(
-        f'{name}: sum of the parts', sum(parts), 's', note=f'of {seconds} s: {", ".join(_PARTS)}'
-      ),
+      Row(f'{name}: sum of the parts', sum(parts), 's', note=f'of {seconds} s: {", ".join(PARTS)}'),
     ]
   return Table('Table 4: columns that follow from the time of a step', tuple(rows))

@@ -104,7 +104,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
       kind=found.kind,
       origin=found.origin,
       operand_bytes=module.operand_bytes(found),
-      result_bytes=shape_bytes(found.inner.shape),
+      result_bytes=module.result_bytes(found),
       members=places.members(found),
       fills=module.fills(found),
       share=places.share(found),
@@ -267,6 +267,13 @@ class _Module:
     # Behind the data of a ragged all-to-all come the output buffer, offsets and sizes.
     operands = operands[:1] if found.kind == 'ragged-all-to-all' else operands
     return sum(shape_bytes(shapes[name]) for name in operands)
+
+  def result_bytes(self, found: _Found) -> int:
+    if found.kind == 'collective-permute':
+      return self.operand_bytes(found)
+    size = shape_bytes(found.inner.shape)
+    # The start of a gather has its operands beside its results.
+    return size - self.operand_bytes(found) * (found.inner.opcode == 'all-gather-start')
 
   def fills(self, found: _Found) -> bool:
     made = {each.name: each.opcode for each in self.computations[found.computation]}

@@ -31,6 +31,7 @@ from dsv3_jax.codesign import (
   memory,
   network,
   schedule,
+  step_time,
   what_if,
 )
 from dsv3_jax.codesign.branches import Branches
@@ -51,6 +52,7 @@ SECTIONS: tuple[Callable[[config.Config, Hardware], Section], ...] = (
   host.section,
   what_if.section,
   schedule.section,
+  step_time.section,
   cost.section,
   logfmt_study.section,
   accumulation_study.section,

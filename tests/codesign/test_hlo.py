@@ -125,6 +125,20 @@ def test_replica_groups_in_an_unknown_form_are_refused(groups):
     hlo.collectives(_line(groups), _SIZES)
 
 
+def test_the_start_of_a_gather_or_permute_has_its_operand_in_its_shape_and_not_in_its_result():
+  text = f"""{_HEADER}
+ENTRY %main (x: f32[8]) -> f32[64] {{
+  %x = f32[8]{{0}} parameter(0)
+  %g = (f32[8]{{0}}, f32[64]{{0}}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={{0}}
+  %a = f32[64]{{0}} all-gather-done(%g)
+  %p = (f32[8]{{0}}, f32[8]{{0}}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{{{0,1}}}}
+  %b = f32[8]{{0}} collective-permute-done(%p)
+}}
+"""
+  found = hlo.collectives(text, _SIZES)
+  assert [(each.operand_bytes, each.result_bytes) for each in found] == [(32, 256), (32, 32)]
+
+
 @pytest.mark.parametrize(
   ('shape', 'size'),
   [

@@ -1,6 +1,7 @@
 """Sweeps: points as data, and a run of them that is killed, goes on, and does each point once."""
 
 import collections
+import functools
 import json
 import os
 import pathlib
@@ -52,20 +53,23 @@ def test_the_sweeps_that_ship_hold_points_that_can_run(path):
 # ---- the program ---------------------------------------------------------------------------------
 
 
-def _command(folder: pathlib.Path, *options: str) -> subprocess.Popen[str]:
+def _command(
+  folder: pathlib.Path, *options: str, seeds: str = '[2, 3]', path: str = os.environ['PATH']
+) -> subprocess.Popen[str]:
   source = folder / 'sweep.py'
   source.write_text(f"""
 from dsv3_jax import config
 def get_config(arg=''):
   return config.debug(config.default())
 def get_hyper(h):
-  return h.product([h.sweep('optimizer.peak_lr', {_RATES}), h.sweep('run.seed', [2, 3])])
+  return h.product([h.sweep('optimizer.peak_lr', {_RATES}), h.sweep('run.seed', {seeds})])
 """)
   command = [sys.executable, str(shell.ROOT / 'launch' / 'sweep.py'), f'--config={source}']
-  path = os.pathsep.join([str(shell.ROOT), str(pathlib.Path(__file__).parent)])
+  modules = os.pathsep.join([str(shell.ROOT), str(pathlib.Path(__file__).parent)])
   return subprocess.Popen(
     [*command, f'--workdir={folder}/points', '--program=stub', '--at_once=2', *options],
-    env=os.environ | {'PYTHONPATH': path},
+    env=os.environ | {'PYTHONPATH': modules, 'PATH': path},
+    cwd=shell.ROOT,
     text=True,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -92,6 +96,46 @@ def test_a_sweep_killed_in_the_middle_and_run_again_loses_no_point_and_finishes_
   table = json.loads((points / 'sweep.json').read_text())
   assert [row['bits_per_byte'] for row in table] == [10 * r for r in _RATES for _ in range(2)]
   assert (points / 'sweep.png').stat().st_size > 0
+
+
+_SBATCH = """#!/bin/bash
+# Takes what it is given to be an array, and runs its tasks as Slurm would.
+printf '%s\\n' "$@" > "$(dirname "$0")/given"
+tasks=${1#--array=}
+for task in ${tasks%%\\%*}; do
+  for one in ${task//,/ }; do
+    SLURM_ARRAY_TASK_ID=$one SLURM_SUBMIT_DIR=$PWD bash "${@:2}" || exit
+  done
+done
+"""
+
+
+def test_slurm_gets_the_unfinished_points_and_its_tasks_run_them(tmp_path):
+  (tmp_path / 'python').write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+  (tmp_path / 'python').chmod(0o755)
+  path = os.pathsep.join([str(tmp_path), os.environ['PATH']])
+  submit = functools.partial(_command, tmp_path, seeds='[2]', path=path)
+  missing = shell.end(submit('--slurm'))
+  assert missing.code == 2
+  assert shell.one_line(missing.err, '--slurm: there is no sbatch here')
+  (tmp_path / 'sbatch').write_text(_SBATCH)
+  (tmp_path / 'sbatch').chmod(0o755)
+  assert shell.end(submit('--point=1')).code == 0
+  ended = shell.end(submit('--slurm', '--config.run.log_every=7'))
+  assert ended.code == 0, ended
+  array, script, *arguments = (tmp_path / 'given').read_text().splitlines()
+  # Another value of the config makes other points: none of them is finished.
+  assert array == '--array=0,1,2,3%2' and pathlib.Path(script).name == 'slurm_sweep.sbatch'
+  assert arguments == [
+    f'--config={tmp_path}/sweep.py', f'--workdir={tmp_path}/points', '--program=stub',
+    '--config.run.log_every=7',
+  ]  # fmt: skip
+  finished = (tmp_path / 'points' / 'ended').read_text().split()
+  assert collections.Counter(finished) == {
+    'peak_lr=0.001': 1, 'peak_lr=0.002': 2, 'peak_lr=0.003': 1, 'peak_lr=0.004': 1
+  }  # fmt: skip
+  again = shell.end(submit('--slurm', '--config.run.log_every=7'))
+  assert again.code == 0 and again.out == 'all points are finished\n'
 
 
 def test_a_dry_run_prints_the_points_and_finds_a_key_that_no_config_has(tmp_path):

@@ -7,7 +7,7 @@ in which DualPipe's formula is exact (else its bubble is at most the formula's, 
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from dsv3_jax.parallel.pipeline.schedules import Item, Op, Schedule
 
@@ -24,6 +24,17 @@ class Costs:
     whole = self.input + self.weight
     times = {'F': self.forward, 'I': self.input, 'W': self.weight, 'B': whole, 'FB': self.overlap}
     return times[kind]
+
+  def time(self, op: Op) -> float:
+    return self.of(op.kind)
+
+
+class Timed(Protocol):
+  """What `simulate` asks of costs: `Costs`, or times of its own for each stage."""
+
+  transfer: float
+
+  def time(self, op: Op) -> float: ...
 
 
 UNIT = Costs()
@@ -65,7 +76,7 @@ def _held(op: Op) -> int:
   return int(op.forward is not None) - int(op.weight is not None)
 
 
-def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
+def simulate(schedule: Schedule, costs: Timed = UNIT) -> Timeline:
   """ValueError, naming rank and operation, where the schedule is no schedule or stands still."""
   verify(schedule)
   done: dict[tuple[str, Item], float] = {}
@@ -83,7 +94,7 @@ def simulate(schedule: Schedule, costs: Costs = UNIT) -> Timeline:
           done[need] + costs.transfer * (schedule.routes[need[1].route][need[1].stage] != r)
         )
         start = max([spans[r][-1].end if spans[r] else 0.0, *map(arrive, needs)])
-        spans[r].append(Span(start, start + costs.of(op.kind), op))
+        spans[r].append(Span(start, start + costs.time(op), op))
         done |= {result: spans[r][-1].end for result in _results(op)}
         moved = True
       else:
