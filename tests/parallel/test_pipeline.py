@@ -10,6 +10,7 @@ import parity
 import pytest
 import runs
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config, mesh
@@ -86,7 +87,9 @@ def _step(
   state = runs.place(c, parity.random_state(c))
   tokens_ABX = np.random.default_rng(1).integers(0, 256, (_MICRO, 4, 33), np.int32)
   step = _program(shape, model, executor)
-  rows_ABX, count = jnp.asarray(tokens_ABX), jnp.int32(count)
+  on = lambda *spec: NamedSharding(mesh.make_mesh(c.mesh), P(*spec))
+  rows_ABX = jax.device_put(tokens_ABX, on(None, mesh.TOKENS))
+  count = jax.device_put(np.int32(count), on())
   with jax.transfer_guard('disallow'):  # as the trainer does
     state, metrics = step(state, rows_ABX, count)
   found = {'gradients': state['opt']['mu'], 'bias': state['router_bias'], 'metrics': metrics}
