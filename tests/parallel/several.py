@@ -6,6 +6,7 @@
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -41,23 +42,27 @@ _CHANGES[MPMD] = {
   'mesh.pipe': 2,
   'mesh.data': 4,
   'pipeline.executor': MPMD,
-  'batch.micro_size': 4,
-  'batch.size': 16,
+  'batch.micro_size': 8,
+  'batch.size': 32,
 }
 
 
-def all_steps(forms: Sequence[str]) -> dict[str, np.ndarray]:
+# What it is held against.
+UNPIPELINED = {'mesh.pipe': 1, 'mesh.data': 8}
+
+
+def all_steps(forms: Sequence[str], changes: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
   """{'two_hop.metrics.loss': [steps], ..}"""
-  return {f'{form}.{name}': x for form in forms for name, x in steps(form).items()}
+  return {f'{form}.{name}': x for form in forms for name, x in steps(form, changes or {}).items()}
 
 
-def steps(form: str) -> dict[str, np.ndarray]:
+def steps(form: str, changes: dict[str, Any]) -> dict[str, np.ndarray]:
   """Arrays by name: metrics [steps, ..]; weights, first moments (`gradients`) and biases after the last.
 
   Biases are [devices, ..], of each device of this process. Before the last step they are changed so that
   all tokens choose the same two experts.
   """
-  c = parity.small(_SIZES | _CHANGES[form])
+  c = parity.small(_SIZES | _CHANGES[form] | changes)
   device_mesh = mesh.make_mesh(c.mesh)
   step, at = make_step(c, device_mesh), mesh.shardings(device_mesh, layout(c).specs(c))
   whole = NamedSharding(device_mesh, P())

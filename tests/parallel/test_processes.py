@@ -30,7 +30,7 @@ _EACH_FORM = pytest.mark.parametrize(
 @functools.cache
 def _here(form: str) -> dict[str, np.ndarray]:
   """What this process sees by itself."""
-  return several.all_steps([form])
+  return several.all_steps([form], several.UNPIPELINED if form == several.MPMD else {})
 
 
 def _start(me: int, of: int, port: int, folder: str) -> subprocess.Popen[str]:
