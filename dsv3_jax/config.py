@@ -160,6 +160,15 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """How ranks run with `mesh.pipe` > 1."""
+
+  # 'uniform': one program, all ranks the same kind of thing at a time | 'mpmd': DualPipe's own order (3.2.1),
+  # each rank programs of its own
+  executor: str = 'uniform'
+
+
+@dataclasses.dataclass(frozen=True)
 class Data:
   corpus: str = 'python_stdlib'  # that | a prepared TFDS name | a folder of text or JSONL files
   text_key: str = 'text'  # field that holds the text, for TFDS and JSONL
@@ -198,6 +207,7 @@ class Config:
   optimizer: Optimizer = Optimizer()
   objective: Objective = Objective()
   mesh: Mesh = Mesh()
+  pipeline: Pipeline = Pipeline()
   data: Data = Data()
   checkpoint: Checkpoint = Checkpoint()
   run: Run = Run()
@@ -342,6 +352,7 @@ _CHOICES = {
   'model.moe.dispatch.combine': ('bf16', 'logfmt8', 'logfmt10', 'plain'),
   'optimizer.moments': ('bf16', 'fp32'),
   'mesh.zero': (0, 1, 3),
+  'pipeline.executor': ('uniform', 'mpmd'),
 }
 _MAY_BE_ZERO = {
   'model.num_dense_layers', 'model.mtp_depth', 'model.mla.q_rank', 'model.moe.num_shared',

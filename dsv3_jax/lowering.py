@@ -47,7 +47,11 @@ class Written:
 
 
 def train(c: config.Config, device_mesh: jax.sharding.Mesh) -> Program:
-  """One optimizer step at the full batch."""
+  """One optimizer step at the full batch; ConfigError where it is more than one program."""
+  if c.mesh.pipe > 1 and c.pipeline.executor != 'uniform':
+    raise config.ConfigError(
+      f"pipeline.executor = {c.pipeline.executor!r}: must be 'uniform' here, where a step is one program"
+    )
   on = lambda *spec: NamedSharding(device_mesh, P(*spec))
   count = c.batch.size // c.batch.micro_size
   rows = (count, c.batch.micro_size, c.batch.seq_len + 1)

@@ -25,7 +25,7 @@ from dsv3_jax.model.layers import rms_norm
 from dsv3_jax.model.transformer import Block, join, remat
 from dsv3_jax.parallel import zero
 from dsv3_jax.parallel.dispatch import Traffic
-from dsv3_jax.parallel.pipeline import executor, stages, weights
+from dsv3_jax.parallel.pipeline import executor, mpmd, schedules, stages, weights
 from dsv3_jax.precision import recipe
 from dsv3_jax.training.objective import Terms, nats
 from dsv3_jax.training.state import STACKS, Layout, State, variables
@@ -45,43 +45,76 @@ def gradients(
   count: jax.Array,
   mtp_weight: jax.Array,
 ) -> tuple[jax.Array, Terms, Any]:
-  """Loss and terms of the global batch, the same on all devices, and this device's part of the gradient."""
+  """Loss and terms of the global batch, the same on all devices, and this device's part of the gradient.
+
+  By the tick-uniform executor, inside one program; `streams` makes the other one.
+  """
   s = arrange(c)
-  sequences = (count * c.batch.micro_size).astype(jnp.float32)
-  rank = lax.axis_index(executor.PIPE)
+  weights, given, x_bLD = begin(c, at, state, tokens_AbX, count, mtp_weight)
+  return end(c, at, *executor.run(s.stages, len(tokens_AbX), stage(c), weights, given, x_bLD))
+
+
+def streams(c: config.Config, device_mesh: jax.sharding.Mesh) -> mpmd.Streams:
+  """What stands between `begin` and `end` where every rank runs programs of its own, in DualPipe's order."""
+  s = arrange(c)
+  schedule = schedules.make('dualpipe', s.stages, c.batch.size // c.batch.micro_size)
+  return mpmd.Streams(schedule, stage(c), device_mesh)
+
+
+def begin(
+  c: config.Config,
+  at: Layout,
+  state: State,
+  tokens_AbX: jax.Array,
+  count: jax.Array,
+  mtp_weight: jax.Array,
+) -> tuple[executor.Weights, Any, jax.Array]:
+  """What an executor wants of this device: its rank's weights, what its stages need besides, zeros like x."""
+  s = arrange(c)
   held_of = holdings(c, s)
   routes, ends = weights_of(c, at, state['params'], held_of)
   biases = _concatenated([x['ffn']['bias_E'] for x in _blocks(state['router_bias'])])
-  held = held_of['routed']
-  bias_dYE = biases[weights.own(held.index)].reshape(2, s.places, -1)
-  blocks = jnp.asarray(s.blocks)
-
-  def constants(route: jax.Array, micro: jax.Array, on: jax.Array) -> Any:
-    stage = jnp.where(route == 0, rank, s.stages - 1 - rank)
-    at = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
-    return {
-      'tokens_bX': at(tokens_AbX, 2 * micro + route),
-      'blocks': at(blocks, stage),
-      'bias_YE': at(bias_dYE, route),
-      'embeds': (stage == 0) | ~on,  # where nothing is to do, something harmless
-      'last': stage == s.stages - 1,
-      'mtp_weight': mtp_weight,
-      'sequences': sequences,
-    }
-
+  given = {
+    'rank': lax.axis_index(executor.PIPE),
+    'tokens_AbX': tokens_AbX,
+    'bias_dYE': biases[weights.own(held_of['routed'].index)].reshape(2, s.places, -1),
+    'mtp_weight': mtp_weight,
+    'count': count,
+    'sequences': (count * c.batch.micro_size).astype(jnp.float32),
+  }
   b, L = tokens_AbX.shape[1], tokens_AbX.shape[2] - 1
   x_bLD = jnp.zeros((b, L, c.model.dim), recipe.compute_dtype(c.model.precision))
-  loss, statistics, grads = executor.run(
-    s.stages,
-    len(tokens_AbX),
-    functools.partial(_stage, c, s),
-    executor.Weights(routes, ends),
-    constants,
-    x_bLD,
-    lambda route, micro: 2 * micro + route < count,
-  )
-  loss, terms = lax.psum((loss, _terms(c, s, held, statistics)), AXES)
+  return executor.Weights(routes, ends), given, x_bLD
+
+
+def end(
+  c: config.Config, at: Layout, loss: jax.Array, statistics: Any, grads: executor.Weights
+) -> tuple[jax.Array, Terms, Any]:
+  """Of this rank's shares: what `gradients` gives."""
+  s = arrange(c)
+  held_of = holdings(c, s)
+  loss, terms = lax.psum((loss, _terms(c, s, held_of['routed'], statistics)), AXES)
   return loss, terms, _collected(c, at, grads, held_of)
+
+
+def stage(c: config.Config) -> executor.Stage:
+  s = arrange(c)
+
+  def constants(given: Any, route: jax.Array, micro: jax.Array, on: jax.Array) -> Any:
+    number = jnp.where(route == 0, given['rank'], s.stages - 1 - given['rank'])
+    at = functools.partial(lax.dynamic_index_in_dim, keepdims=False)
+    return {
+      'tokens_bX': at(given['tokens_AbX'], 2 * micro + route),
+      'blocks': at(jnp.asarray(s.blocks), number),
+      'bias_YE': at(given['bias_dYE'], route),
+      'embeds': (number == 0) | ~on,  # where nothing is to do, something harmless
+      'last': number == s.stages - 1,
+      'mtp_weight': given['mtp_weight'],
+      'sequences': given['sequences'],
+    }
+
+  live = lambda given, route, micro: 2 * micro + route < given['count']
+  return executor.Stage(functools.partial(_stage, c, s), constants, live)
 
 
 # ---- what one rank does with a micro-batch -------------------------------------------------------

@@ -10,6 +10,7 @@ What one device does, top to bottom:
 5. Clip by the global norm, AdamW on this device's part, average of weights, router biases by sign.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config
 from dsv3_jax.compat import vary
-from dsv3_jax.mesh import TOKENS
+from dsv3_jax.mesh import AXES, TOKENS
 from dsv3_jax.model.transformer import whole
 from dsv3_jax.parallel import dispatch, zero
+from dsv3_jax.parallel.pipeline import mpmd
 from dsv3_jax.precision import recipe
 from dsv3_jax.training import balance, optimizer, pipelined, schedule
 from dsv3_jax.training.objective import Terms, objective
@@ -41,15 +43,27 @@ def make_step(c: config.Config, device_mesh: jax.sharding.Mesh) -> Step:
   """
   dispatch.check(c.model.moe, device_mesh)
   at = layout(c)
-  specs = at.specs(c)
-  rows = P(None, TOKENS, None)
-  step = jax.shard_map(
-    lambda state, tokens_AbX, count: _device_step(c, at, state, tokens_AbX, count),
-    mesh=device_mesh,
-    in_specs=(specs, rows, P()),
-    out_specs=(specs, P()),
+  specs, rows = at.specs(c), P(None, TOKENS, None)
+  of_mesh = functools.partial(jax.shard_map, mesh=device_mesh)
+  if c.mesh.pipe == 1 or c.pipeline.executor == 'uniform':
+    step = of_mesh(
+      functools.partial(_device_step, c, at), in_specs=(specs, rows, P()), out_specs=(specs, P())
+    )
+    return jax.jit(step, donate_argnums=0)
+
+  def begin(state: State, tokens_AbX: jax.Array, count: jax.Array) -> mpmd.Held:
+    mtp_weight = schedule.mtp_weight(c.objective, _tokens(c, state))
+    return mpmd.hold(*pipelined.begin(c, at, state, tokens_AbX, count, mtp_weight))
+
+  def end(state: State, sums: mpmd.Sums, count: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    return _update(c, state, count, *pipelined.end(c, at, *mpmd.added(sums)))
+
+  begin = jax.jit(of_mesh(begin, in_specs=(specs, rows, P()), out_specs=P(AXES)))
+  end = of_mesh(end, in_specs=(specs, P(AXES), P()), out_specs=(specs, P()))
+  end, streams = jax.jit(end, donate_argnums=0), pipelined.streams(c, device_mesh)
+  return lambda state, tokens_ABX, count: end(
+    state, streams(begin(state, tokens_ABX, count)), count
   )
-  return jax.jit(step, donate_argnums=0)
 
 
 def make_gradients(c: config.Config, device_mesh: jax.sharding.Mesh) -> Callable[..., Any]:
@@ -70,9 +84,13 @@ def make_gradients(c: config.Config, device_mesh: jax.sharding.Mesh) -> Callable
 def _device_step(
   c: config.Config, at: Layout, state: State, tokens_AbX: jax.Array, count: jax.Array
 ) -> tuple[State, dict[str, jax.Array]]:
-  loss, terms, grads = _gradients(c, at, state, tokens_AbX, count)
+  return _update(c, state, count, *_gradients(c, at, state, tokens_AbX, count))
+
+
+def _update(
+  c: config.Config, state: State, count: jax.Array, loss: jax.Array, terms: Terms, grads: Any
+) -> tuple[State, dict[str, jax.Array]]:
   tokens = _tokens(c, state)
-  # ---- update ------------------------------------------------------------------------------------
   norm = zero.global_norm(grads)
   rate = schedule.learning_rate(c.optimizer, state['step'], tokens)
   grads = optimizer.clip(c.optimizer, grads, norm)

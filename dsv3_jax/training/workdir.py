@@ -32,7 +32,7 @@ WEIGHTS = 'weights'
 # A resumed run may change these: where and how it computes, how long, what it shows and keeps. Groups
 # end in a dot.
 _FREE = (
-  'mesh.', 'checkpoint.', 'run.log_every', 'run.eval_every', 'run.eval_bytes', 'run.prompt',
+  'mesh.', 'pipeline.', 'checkpoint.', 'run.log_every', 'run.eval_every', 'run.eval_bytes', 'run.prompt',
   'run.total_tokens', 'data.workers', 'data.cache_dir', 'model.remat', 'model.unroll', 'model.dual_batch',
   'model.moe.dispatch.form', 'model.moe.dispatch.capacity',
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A step on a pipeline is the step: loss, terms, gradients, biases, for unequal stages and experts inside."""
+"""A step on a pipeline, by either executor, is the step: loss, terms, gradients, biases, with experts inside."""
 
 import functools
 from typing import Any
@@ -10,13 +10,14 @@ import parity
 import pytest
 import runs
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config, mesh
 from dsv3_jax.compat import vary
 from dsv3_jax.mesh import AXES
 from dsv3_jax.model import transformer
-from dsv3_jax.parallel.pipeline import stages
+from dsv3_jax.parallel.pipeline import mpmd, stages
 from dsv3_jax.parallel.pipeline.split import split
 from dsv3_jax.training import pipelined
 from dsv3_jax.training import state as training_state
@@ -37,51 +38,81 @@ _SIZES = {
   'objective.balance_alpha': 0.01,
 }
 # By the axes pipe, node, local, data. The first has stages of one and of two blocks, one with a layer of
-# each kind, and the MTP module alone in the last; the second ends in the main model's head.
-_MODELS = {
+# each kind, and the MTP module alone in the last; the second ends in the main model's head. Programs for every
+# rank take long to compile: the other executor's stages are a block each, and two ranks `test_processes.py`'s.
+_UNIFORM = {
   (4, 2, 2, 1): {'num_layers': 4, 'num_dense_layers': 2, 'remat': 'latents'},
   (2, 1, 1, 2): {'num_layers': 3, 'num_dense_layers': 1, 'mtp_depth': 0, 'remat': 'none'},
 }
-_EACH = pytest.mark.parametrize('shape', _MODELS, ids=str)
+_MPMD = {(4, 2, 1, 1): {'num_layers': 3, 'num_dense_layers': 0, 'remat': 'none'}}
+_MODELS = _UNIFORM | _MPMD
+_EACH = pytest.mark.parametrize('shape', _UNIFORM, ids=str)
 
 
-def _config(shape: tuple[int, ...], model: tuple[int, ...]) -> config.Config:
+def _config(
+  shape: tuple[int, ...], model: tuple[int, ...], executor: str = 'uniform'
+) -> config.Config:
   """The model of one of the shapes on the mesh of any."""
   changes = {f'model.{key}': value for key, value in _MODELS[model].items()}
   axes = ('pipe', 'node', 'local', 'data')
   changes |= {f'mesh.{axis}': size for axis, size in zip(axes, shape, strict=True)}
-  return parity.small(_SIZES | changes)
+  return parity.small(_SIZES | changes | {'pipeline.executor': executor})
+
+
+_streams: dict[tuple[int, ...], mpmd.Streams] = {}
 
 
 @functools.cache
-def _program(shape: tuple[int, ...], model: tuple[int, ...]) -> Any:
-  c = _config(shape, model)
-  return make_step(c, mesh.make_mesh(c.mesh))
+def _program(shape: tuple[int, ...], model: tuple[int, ...], executor: str) -> Any:
+  c = _config(shape, model, executor)
+
+  def streams(*arguments: Any) -> mpmd.Streams:
+    return _streams.setdefault(shape, make(*arguments))
+
+  with pytest.MonkeyPatch.context() as patch:
+    make = pipelined.streams
+    patch.setattr(pipelined, 'streams', streams)
+    return make_step(c, mesh.make_mesh(c.mesh))
 
 
 @functools.cache
-def _step(count: int, shape: tuple[int, ...], model: tuple[int, ...]) -> dict[str, Any]:
+def _step(
+  count: int, shape: tuple[int, ...], model: tuple[int, ...], executor: str = 'uniform'
+) -> dict[str, Any]:
   """Metrics, first moments (the gradients, scaled) and biases after one step, on the host; the state."""
   c = _config(shape, model)
   state = runs.place(c, parity.random_state(c))
   tokens_ABX = np.random.default_rng(1).integers(0, 256, (_MICRO, 4, 33), np.int32)
-  state, metrics = _program(shape, model)(state, jnp.asarray(tokens_ABX), jnp.int32(count))
+  step = _program(shape, model, executor)
+  on = lambda *spec: NamedSharding(mesh.make_mesh(c.mesh), P(*spec))
+  rows_ABX = jax.device_put(tokens_ABX, on(None, mesh.TOKENS))
+  count = jax.device_put(np.int32(count), on())
+  with jax.transfer_guard('disallow'):  # as the trainer does
+    state, metrics = step(state, rows_ABX, count)
   found = {'gradients': state['opt']['mu'], 'bias': state['router_bias'], 'metrics': metrics}
   return runs.to_numpy(found) | {'state': state}
 
 
-@_EACH
+@pytest.mark.parametrize(
+  ('shape', 'executor'),
+  [*((shape, 'uniform') for shape in _UNIFORM), *((shape, 'mpmd') for shape in _MPMD)],
+)
 @pytest.mark.parametrize('count', [_MICRO, 5])
-def test_terms_gradients_and_biases_are_those_of_the_step_without_a_pipeline(shape, count):
-  got, expected = _step(count, shape, shape), _step(count, (1, *shape[1:]), shape)
+def test_terms_gradients_and_biases_are_those_of_the_step_without_a_pipeline(
+  shape, executor, count
+):
+  got, expected = _step(count, shape, shape, executor), _step(count, (1, *shape[1:]), shape)
   parity.assert_close(got['gradients'], expected['gradients'], 1e-6)
   parity.assert_same_bits(got['bias'], expected['bias'])
   parity.assert_same_bits(got['metrics']['load'], expected['metrics']['load'])
   for name in expected['metrics'].keys() - {'load'}:
     parity.assert_close(got['metrics'][name], expected['metrics'][name], 1e-6)
   assert {'loss', 'ce', 'balance', 'grad_norm'} <= expected['metrics'].keys()
+  assert ('mtp' in got['metrics']) == (shape[0] == 4)
   if shape[1] > 1:
-    assert 'mtp' in got['metrics'] and got['metrics']['rounds'] > 1
+    assert got['metrics']['rounds'] > 1
+  if executor == 'mpmd':
+    assert _streams[shape].live == shape[0] + 1
 
 
 @_EACH

@@ -1,5 +1,6 @@
 """The exchange as compilers for real pods make it: what crosses between nodes, and beside what."""
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import parity
 import pytest
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config, mesh, pods
@@ -17,6 +18,8 @@ from dsv3_jax.compat import vary
 from dsv3_jax.mesh import TOKENS
 from dsv3_jax.model.moe import Moe
 from dsv3_jax.parallel import plan
+from dsv3_jax.parallel.pipeline import mpmd
+from dsv3_jax.training import pipelined
 
 _HAS_GPU = importlib.util.find_spec('jax_cuda13_plugin') is not None
 _HAS_TPU = importlib.util.find_spec('libtpu') is not None
@@ -203,3 +206,53 @@ def test_undivided_rows_hide_clearly_fewer(target, options):
 
 def test_with_asynchrony_switched_off_none_is_hidden():
   assert _beside_a_matmul(_permutes('h200:2x4', True, **_SYNCHRONOUS)) == 0
+
+
+# ---- a forward and a backward of a pipeline, in one program --------------------------------------
+
+
+def _pair(target: str, **options) -> list[hlo.Overlap]:
+  """A rank of two stages of one MoE layer, on 2 x 4 devices: what the F&B program sends, further rounds left out."""
+  c = _layers(False)
+  c = dataclasses.replace(
+    c,
+    mesh=dataclasses.replace(c.mesh, pipe=2, zero=1),
+    model=dataclasses.replace(c.model, num_dense_layers=0, num_layers=2),
+    batch=dataclasses.replace(c.batch, size=64, start_size=64),
+  )
+  at = parity.layout(c)
+  specs = at.specs(c)
+
+  def begin(params, router_bias, tokens_AbX):
+    state = {'params': params, 'router_bias': router_bias}
+    return mpmd.hold(*pipelined.begin(c, at, state, tokens_AbX, jnp.int32(4), jnp.float32(0)))
+
+  both_ranks = AbstractMesh((2, 1, 2, 4), mesh.AXES, axis_types=(AxisType.Auto,) * 4)
+  in_specs = specs['params'], specs['router_bias'], P(None, TOKENS)
+  begin = jax.shard_map(begin, mesh=both_ranks, in_specs=in_specs, out_specs=P(mesh.AXES))
+  tokens_ABX = jax.ShapeDtypeStruct((4, 16, 1025), jnp.int32)
+  held = jax.eval_shape(begin, at.params, at.router_bias, tokens_ABX)
+  rank = NamedSharding(pods.make_mesh(dataclasses.replace(c.mesh, pipe=1), target), P(mesh.AXES))
+  on_rank = lambda tree: jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype, sharding=rank), tree
+  )
+  held = on_rank(held)
+  programs = mpmd._Programs(pipelined.stage(c), held)
+  number = on_rank((jax.ShapeDtypeStruct((8,), jnp.int32),) * 2)
+  of = lambda route: ((held.routes[route], held.ends), held.given, number)
+  sums = on_rank(jax.eval_shape(programs.zeros, held))
+  ahead = (*of(0), held.x)
+  _, kept, results = on_rank(jax.eval_shape(programs.forward, ahead, sums.results[0]))
+  grads = sums.routes[1], sums.ends
+  lowered = programs.both.lower((ahead, (*of(1), kept, held.x)), (results, grads))
+  text = pods.compile(lowered, target, **options).as_text()
+  depth = {each.name: len(each.loops) for each in hlo.collectives(text, dict(rank.mesh.shape))}
+  found = [each for each in hlo.overlaps(text) if each.kind == 'collective-permute']
+  return [each for each in found if not depth[each.name]]
+
+
+@_EACH
+def test_in_a_pair_four_fifths_of_both_ones_permutes_stand_beside_a_matmul(target, options):
+  found = _pair(target, **options)
+  assert len(found) >= 2 * 4  # on a GPU, permutes of the same pairs are merged
+  assert _beside_a_matmul(found) >= 0.8

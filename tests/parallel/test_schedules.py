@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.parallel.pipeline import __main__ as program
-from dsv3_jax.parallel.pipeline import schedules, simulate, uniform
+from dsv3_jax.parallel.pipeline import bench, schedules, simulate, uniform
 from dsv3_jax.parallel.pipeline.simulate import Costs
 
 _STAGES = (2, 4, 6, 8, 10, 16)
@@ -179,3 +179,27 @@ def test_program_prints_the_table_and_draws(tmp_path, capsys):
   assert 'rank 1: F0.0 F1.0' in text and out.read_bytes()[:4] == b'\x89PNG'
   assert program.main(['show', 'dualpipe', '--stages=5']) == 2
   assert '4 or 6 would work' in capsys.readouterr().err
+
+
+# ---- on a real clock -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['dualpipe', 'zb1p', 'gpipe', 'dualpipe_v'])
+def test_ranks_that_are_threads_get_all_messages_and_take_no_less_than_simulated(name):
+  schedule = schedules.make(name, 4, 8)
+  assert bench.measure(schedule, Costs(), 1e-3) >= simulate.simulate(schedule).makespan
+  with pytest.raises(ValueError, match=r'transfer = 0\.5: must be 0'):
+    bench.measure(schedule, Costs(transfer=0.5), 1e-3)
+
+
+def test_program_prints_measured_beside_simulated(capsys):
+  sizes = ['--stages', '2', '--unit_ms=1']
+  assert program.main(['bench', '--schedules=1f1b,dualpipe', *sizes]) == 0
+  head, *rows = capsys.readouterr().out.splitlines()
+  assert head.split()[:5] == ['schedule', 'stages', 'micro', 'simulated', 'measured']
+  assert [row.split()[:4] for row in rows] == [
+    ['1f1b', '2', '8', '27.00'],
+    ['dualpipe', '2', '8', '24.00'],
+  ]
+  assert program.main(['bench', '--schedules=two_f', *sizes]) == 2
+  assert "schedule 'two_f': unknown" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Prints and draws a pipeline schedule: `python -m dsv3_jax.parallel.pipeline show dualpipe --stages=8`.
 
-Costs are in any unit of time; by default a forward and both parts of a backward take 1 each and an F&B pair 3.
+`bench` runs schedules on a real clock, ranks as threads that sleep, beside the simulated time. Costs are in any unit of time; by default a forward and both parts of a backward take 1 each and an F&B pair 3.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from dsv3_jax import console
+from dsv3_jax.parallel.pipeline import bench as measured
 from dsv3_jax.parallel.pipeline import schedules, simulate, uniform
 from dsv3_jax.parallel.pipeline.simulate import Costs, Timeline, describe
 
@@ -33,6 +34,13 @@ def show(args: argparse.Namespace) -> None:
   if args.out:
     draw(timeline, args.out)
     print(f'drawn: {args.out}')
+
+
+def bench(args: argparse.Namespace) -> None:
+  costs = Costs(args.forward, args.input, args.weight, args.overlap)
+  sizes = [(stages, args.micro_batches or 2 * stages + 4) for stages in args.stages]
+  for line in measured.table(args.schedules.split(','), sizes, costs, args.unit_ms / 1e3):
+    print(line, flush=True)
 
 
 def table(stages: int, micro: int, costs: Costs) -> list[str]:
@@ -91,16 +99,23 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   show_parser.add_argument('schedule', choices=_NAMES_OF_ALL)
   show_parser.add_argument('--stages', type=int, default=8)
   show_parser.add_argument('--micro_batches', type=int, default=0, help='default: 2 stages + 4')
-  for name in ('forward', 'input', 'weight'):
-    show_parser.add_argument(f'--{name}', type=float, default=1.0, help='time it takes')
-  show_parser.add_argument('--overlap', type=float, default=3.0, help='time of an F&B pair')
+  bench_parser = commands.add_parser('bench', help='times schedules with stages that sleep')
+  bench_parser.add_argument('--schedules', default='dualpipe,1f1b,zb1p', help='names, by commas')
+  bench_parser.add_argument('--stages', type=int, nargs='+', default=[4, 8])
+  bench_parser.add_argument('--unit_ms', type=float, default=200.0, help='time of a cost of 1')
+  for parsed in (show_parser, bench_parser):
+    for name in ('forward', 'input', 'weight'):
+      parsed.add_argument(f'--{name}', type=float, default=1.0, help='time it takes')
+    parsed.add_argument('--overlap', type=float, default=3.0, help='time of an F&B pair')
+  bench_parser.add_argument('--micro_batches', type=int, default=0, help='default: 2 stages + 4')
   show_parser.add_argument('--transfer', type=float, default=0.0, help='time from rank to rank')
   show_parser.add_argument('--out', default='', help='PNG to draw')
   return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  return console.run('pipeline', _parse, show, arguments, file='out', told=(ValueError,))
+  run = lambda args: (bench if args.command == 'bench' else show)(args)
+  return console.run('pipeline', _parse, run, arguments, file='out', told=(ValueError,))
 
 
 if __name__ == '__main__':

@@ -41,30 +41,37 @@ class Weights:
     return jax.tree.map(lambda w: _at(w, route), self.routes), self.ends
 
 
-# ((weights of a stage, ends), constants, x) -> ((y, loss), statistics)
-Stage = Callable[[Any, Any, jax.Array], tuple[tuple[jax.Array, jax.Array], Any]]
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """What both executors run. `given` is what all stages of a rank need besides weights; it has 'rank'.
+
+  function: ((weights of a stage, ends), constants, x) -> ((y, loss), statistics)
+  constants: (given, route, micro, on) -> constants; `on`: whether the result counts
+  live: (given, route, micro) -> whether this micro-batch counts at all
+  """
+
+  function: Callable[[Any, Any, jax.Array], tuple[tuple[jax.Array, jax.Array], Any]]
+  constants: Callable[[Any, jax.Array, jax.Array, jax.Array], Any]
+  live: Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+  def split(self, weights: Any, given: Any, x: jax.Array) -> Split:
+    """For weights as `Weights.of` gives them, all varying over all axes."""
+    zero = vary(jnp.int32(0), AXES)
+    example = vary(self.constants(given, zero, zero, zero > 0), AXES)
+    return split(self.function, weights, example, x)
 
 
 def run(
-  stages: int,
-  micro_batches: int,
-  stage: Stage,
-  weights: Weights,
-  constants: Callable[[jax.Array, jax.Array, jax.Array], Any],
-  x: jax.Array,
-  live: Callable[[jax.Array, jax.Array], jax.Array],
+  stages: int, micro_batches: int, stage: Stage, weights: Weights, given: Any, x: jax.Array
 ) -> tuple[jax.Array, Any, Weights]:
   """This rank's shares of the loss, of the statistics (leaves [2, ...], by route), FP32 gradients.
 
-  `constants(route, micro, on)` is what a stage needs besides; `on`: whether its result counts. `x` is like
-  an activation. `live(route, micro)` says which micro-batches count at all.
+  `x` is like an activation.
   """
   t = tables(stages, micro_batches)
   rank = lax.axis_index(PIPE)
-  weights, x = vary((weights, x), AXES)
-  zero = vary(jnp.int32(0), AXES)
-  example = vary(constants(zero, zero, zero > 0), AXES)
-  parts = split(stage, weights.of(zero), example, x)
+  weights, given, x = vary((weights, given, x), AXES)
+  parts = stage.split(weights.of(vary(jnp.int32(0), AXES)), given, x)
   slots = lambda n, like: jax.tree.map(
     lambda v: vary(jnp.zeros((n, *v.shape), v.dtype), AXES), like
   )
@@ -78,7 +85,7 @@ def run(
     'loss': vary(jnp.float32(0), AXES),
     'statistics': slots(2, parts.others),
   }
-  ticks = _Ticks(stages, parts, weights, constants, live, rank)
+  ticks = _Ticks(stages, parts, weights, stage, given, rank)
   columns = {
     name: vary(_at(jnp.asarray(column.T), rank), AXES) for name, column in t.columns.items()
   }
@@ -99,8 +106,8 @@ class _Ticks:
   stages: int
   parts: Split
   weights: Weights
-  constants: Callable[..., Any]
-  live: Callable[..., Any]
+  stage: Stage
+  given: Any
   rank: jax.Array
 
   def forward(self, carry: Any, row: Any) -> Any:
@@ -134,8 +141,9 @@ class _Ticks:
   def _of(self, row: Any, part: str) -> tuple[Any, Any, jax.Array, jax.Array]:
     """Weights, constants, whether it counts, route; of what the row does in this part."""
     route, micro = row[f'{part}_route'], row[f'{part}_micro']
-    on = (row[f'{part}_on'] > 0) & self.live(route, micro)
-    return self.weights.of(route), vary(self.constants(route, micro, on), AXES), on, route
+    on = (row[f'{part}_on'] > 0) & self.stage.live(self.given, route, micro)
+    constants = vary(self.stage.constants(self.given, route, micro, on), AXES)
+    return self.weights.of(route), constants, on, route
 
   def _forward(self, carry: Any, row: Any) -> Any:
     weights, constants, _, _ = self._of(row, 'f')

@@ -55,6 +55,12 @@ class Schedule:
   ranks: tuple[tuple[Op, ...], ...]  # for each rank, its operations in order
 
 
+def reader(stages: int, what: str, item: Item) -> Item | None:
+  """Whose input the result of `item` is: of the forward ('F') or of the input's gradient ('I')."""
+  stage = item.stage + (1 if what == 'F' else -1)
+  return item._replace(stage=stage) if 0 <= stage < stages else None
+
+
 def make(name: str, stages: int, micro_batches: int) -> Schedule:
   """The schedule of that name; ValueError, one line, for sizes it has no order for."""
   if name not in SCHEDULES:

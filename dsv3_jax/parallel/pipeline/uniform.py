@@ -6,9 +6,12 @@ result is masked. So collectives stand everywhere in straight code, permutes inc
 values in a branch that ranks take differently.
 
 Price against DualPipe's own order, in which ranks do different things at one time: the bubble is 2.5 PP - 5
-forwards where that one's is PP - 2 (F = I = W, F&B = 3F). With equal kinds a rank at the end of the pipeline
-cannot go back before the first forward has arrived at the other end, PP ticks; the last of PP input gradients
-leaves PP/2 + 1 weight parts, as the PP + 1 activations allow. Both ramps take a tick of every rank.
+forwards where that one's is PP - 2 (F = I = W, F&B = 3F). No order of equal ticks has less than 2 PP - 4. A
+rank in the middle gets its first forward after PP/2 - 1 ticks that have one, has one in M more at least, and its
+last one then has PP/2 - 1 ranks before it: M + PP - 2 ticks with a forward. The same holds for input gradients,
+and M have a weight part. The other PP/2 - 1 are weight parts: middle ranks have none yet in the first pairs.
+An order for four ranks does without, yet with at least two pairs fewer; where a pair saves a fifth, this one is the
+shortest there is (searched through for four mirrored ranks, `tests/parallel/test_uniform_bound.py`).
 """
 
 import dataclasses
