@@ -1,8 +1,8 @@
 """Serves a model with the OpenAI API: `python -m dsv3_jax.serve WORKDIR` (extra `[serve]`).
 
 Listens on 127.0.0.1 unless --host says otherwise. DSV3_API_KEY in the environment is asked of clients.
-WORKDIR/chat_template.jinja, where there is one, makes prompts of chats; it runs in a sandbox. A chat in the
-browser stands at /. SIGTERM and Ctrl-C let running requests end.
+The chat template that came with the weights, where there is one, makes prompts of chats; it runs in a
+sandbox. A chat in the browser stands at /. SIGTERM and Ctrl-C let running requests end.
 """
 
 import argparse
@@ -22,8 +22,6 @@ from dsv3_jax.serving.app import Limits, Server
 from dsv3_jax.serving.worker import Worker
 from dsv3_jax.training import workdir
 from dsv3_jax.training.checkpoint import CheckpointError
-
-_TEMPLATE = 'chat_template.jinja'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +43,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def server(args: argparse.Namespace) -> Server:
   """Loaded and compiled."""
-  path = pathlib.Path(args.workdir, _TEMPLATE)
-  render = chat.renderer(path.read_text(encoding='utf-8') if path.exists() else None)
+  folder = pathlib.Path(args.workdir)
+  template, variables = chat.read(folder)
   if args.waiting < 1:
     raise ConfigError(f'waiting = {args.waiting}: must be at least 1')
   loaded = workdir.load(args.workdir, step=args.step, average=args.average)
@@ -54,7 +52,7 @@ def server(args: argparse.Namespace) -> Server:
   engine = Engine(
     Decoder(c, mesh.make_mesh(loaded.config.mesh), loaded.model),
     vocab_size=loaded.tokenizer.vocab_size,
-    eos_id=loaded.tokenizer.eos_id,
+    eos_ids=chat.ends(folder, loaded.tokenizer),
     slots=args.slots,
     pages=args.pages,
     chunk=args.chunk,
@@ -62,11 +60,12 @@ def server(args: argparse.Namespace) -> Server:
     cache=args.cache,
   )
   engine.warm_up()
-  name = args.name or pathlib.Path(args.workdir).resolve().name
+  name = args.name or folder.resolve().name
   print(f'{loaded.name} as {name!r} on http://{args.host}:{args.port}', file=sys.stderr)
   key = os.environ.get('DSV3_API_KEY')
   limits = Limits(args.body_bytes, args.seconds)
-  return Server(Worker(engine, args.waiting), loaded.tokenizer, render, name, key, limits)
+  talk = chat.Chat(loaded.tokenizer, template, variables)
+  return Server(Worker(engine, args.waiting), loaded.tokenizer, talk, name, key, limits)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

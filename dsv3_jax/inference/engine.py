@@ -16,7 +16,7 @@ The engine is for one thread. It deals in tokens; text and stop strings are its 
 import collections
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -105,7 +105,7 @@ class _Slot:
 
 class Engine:
   """
-  `slots`: sequences that decode together, on all devices. `pages`: of 64 tokens, on every device; by
+  `eos_ids`: tokens that end a sequence. `slots`: sequences that decode together, on all devices. `pages`: of 64 tokens, on every device; by
   default enough for all slots at full length. `chunk`: tokens of a prompt that go through at a time.
   `drafts`: tokens that the MTP module guesses ahead of each step; 0 for none. `cache`: 'plain', in the
   compute dtype, or 'fp8'. `max_length` defaults to the model's.
@@ -116,7 +116,7 @@ class Engine:
     decoder: Decoder,
     *,
     vocab_size: int,
-    eos_id: int,
+    eos_ids: Collection[int],
     slots: int = 8,
     pages: int | None = None,
     chunk: int = CHUNK,
@@ -131,7 +131,7 @@ class Engine:
     _check(slots, ways, chunk, pages, drafts, c.mtp_depth, cache)
     self.drafts = drafts
     self.stats = Stats()
-    self._decoder, self._eos_id, self._chunk = decoder, eos_id, chunk
+    self._decoder, self._eos_ids, self._chunk = decoder, frozenset(eos_ids), chunk
     self._prompt = How(prompt=True, drafts=drafts, vocab_size=vocab_size)
     self._decode = How(prompt=False, drafts=drafts, vocab_size=vocab_size)
     self._slots: list[_Slot | None] = [
@@ -311,7 +311,7 @@ class Engine:
       top = [(int(t), float(p)) for t, p in list(top)[: slot.request.top_logprobs]]
       tokens.append(Token(token, float(chosen.logprob_BL[b, j]), tuple(top), drafted=j < right))
       slot.tokens.append(token)
-      if token == self._eos_id:
+      if token in self._eos_ids:
         finish = 'stop'
       elif not slot.remaining:
         finish = 'length'

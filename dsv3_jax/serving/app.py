@@ -17,7 +17,6 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import jinja2
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -36,7 +35,8 @@ from dsv3_jax.inference.engine import Event, Request, Token
 from dsv3_jax.inference.stream import StopText, TextStream
 from dsv3_jax.serving import asking, page
 from dsv3_jax.serving.asking import Asked, Refused
-from dsv3_jax.serving.chat import Render
+from dsv3_jax.serving.chat import Chat
+from dsv3_jax.serving.sandbox import TemplateError
 from dsv3_jax.serving.worker import Busy, Worker
 
 
@@ -62,12 +62,12 @@ class Server:
     self,
     worker: Worker,
     tokenizer: Tokenizer,
-    render: Render,
+    chat: Chat,
     name: str,
     key: str | None,
     limits: Limits,
   ) -> None:
-    self._worker, self._tokenizer, self._render = worker, tokenizer, render
+    self._worker, self._tokenizer, self._chat = worker, tokenizer, chat
     self._name, self._key, self._limits = name, key, limits
     self._created = int(time.time())
     self._answers: dict[int, int] = {}  # by status
@@ -89,6 +89,7 @@ class Server:
       self._worker.start()
       yield
       await asyncio.to_thread(self._worker.stop)
+      self._chat.close()
 
     return Starlette(routes=routes, lifespan=lifespan)
 
@@ -129,7 +130,7 @@ class Server:
       return refused
     try:
       asked = asking.read(kind, await self._body(http), self._name)
-      prompt = self._encode(asked)
+      prompt = await asyncio.to_thread(self._encode, asked)
       room = self._worker.engine.max_length - len(prompt)
       requests = [
         Request(prompt, asked.max_tokens or max(room, 1), asked.sampling, i, asked.top_logprobs)
@@ -192,11 +193,12 @@ class Server:
       if not all(0 <= i < t.vocab_size for i in asked.prompt):
         raise Refused(f'prompt: token ids must be from 0 to {t.vocab_size - 1}', 'prompt')
       return asked.prompt
+    if not asked.chat:
+      return [t.bos_id, *t.encode(asked.prompt)]
     try:
-      text = self._render(asked.prompt) if asked.chat else asked.prompt
-    except jinja2.TemplateError as error:
+      return self._chat.encode(asked.prompt)
+    except TemplateError as error:
       raise Refused(f'messages: the chat template refuses them: {error}', 'messages') from None
-    return [t.bos_id, *t.encode(text)]
 
   async def _pieces(self, asked: Asked, requests: list[Request]) -> AsyncIterator[_Piece | None]:
     """None once all is queued, then what every token adds; ends with the last choice."""
