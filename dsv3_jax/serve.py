@@ -2,13 +2,15 @@
 
 Listens on 127.0.0.1 unless --host says otherwise. DSV3_API_KEY in the environment is asked of clients.
 The chat template that came with the weights, where there is one, makes prompts of chats; it runs in a
-sandbox. A chat in the browser stands at /. SIGTERM and Ctrl-C let running requests end.
+sandbox. A chat in the browser stands at /. SIGTERM and Ctrl-C let what has been asked end, within --grace.
 """
 
 import argparse
+import math
 import os
 import pathlib
 import sys
+import types
 from collections.abc import Sequence
 
 import uvicorn
@@ -30,15 +32,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-  application = server(args).app()
-  uvicorn.run(
-    application,
-    host=args.host,
-    port=args.port,
-    log_level='warning',
-    timeout_keep_alive=30,
-    timeout_graceful_shutdown=30,
-  )
+  _Listener(args, server(args)).run()
+
+
+class _Listener(uvicorn.Server):
+  """Stops listening at a signal; what runs has `grace` seconds to end by itself."""
+
+  def __init__(self, args: argparse.Namespace, served: Server) -> None:
+    self._served, self._grace = served, args.grace
+    super().__init__(
+      uvicorn.Config(
+        served.app(),
+        host=args.host,
+        port=args.port,
+        log_level='warning',
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=math.ceil(args.grace) + 5,  # after all have been told
+      )
+    )
+
+  def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+    self._served.end(self._grace)
+    super().handle_exit(sig, frame)
 
 
 def server(args: argparse.Namespace) -> Server:
@@ -85,6 +100,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add('--cache', default='plain', help="'plain' or 'fp8' (%(default)s)")
   add('--seconds', type=float, default=600.0, help='that a request may take (%(default)s)')
   add('--body_bytes', type=int, default=1_000_000, help='of a request (%(default)s)')
+  add('--grace', type=float, default=30.0, help='seconds to end in, at a signal (%(default)s)')
   add('--step', type=int, help='checkpoint to take (the newest)')
   add('--average', action='store_true', help='take the average of the weights')
   return parser.parse_args(arguments)

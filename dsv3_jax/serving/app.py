@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hmac
 import json
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -37,7 +38,7 @@ from dsv3_jax.serving import asking, page
 from dsv3_jax.serving.asking import Asked, Refused
 from dsv3_jax.serving.chat import Chat
 from dsv3_jax.serving.sandbox import TemplateError
-from dsv3_jax.serving.worker import Busy, Worker
+from dsv3_jax.serving.worker import Busy, Ending, Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Server:
     self._name, self._key, self._limits = name, key, limits
     self._created = int(time.time())
     self._answers: dict[int, int] = {}  # by status
+    self._ends = False
 
   def app(self) -> Starlette:
     post = lambda path, kind: Route(path, functools.partial(self._ask, kind), methods=['POST'])
@@ -93,12 +95,20 @@ class Server:
 
     return Starlette(routes=routes, lifespan=lifespan)
 
+  def end(self, seconds: float) -> None:
+    """Takes nothing new from now on; what is in goes on for `seconds`, and is then told 503."""
+    if not self._ends:
+      self._ends = True
+      timer = threading.Timer(seconds, self._worker.stop)
+      timer.daemon = True  # nothing waits for it where all is done before
+      timer.start()
+
   # ---- what is not a question --------------------------------------------------------------------
 
   async def _health(self, http: HttpRequest) -> Response:
     del http
-    failure = self._worker.failure
-    return JSONResponse({'status': 'failed' if failure else 'ok'}, 503 if failure else 200)
+    status = 'failed' if self._worker.failure else 'ending' if self._ends else 'ok'
+    return JSONResponse({'status': status}, 200 if status == 'ok' else 503)
 
   async def _models(self, http: HttpRequest) -> Response:
     if refused := self._refuse_stranger(http):
@@ -128,6 +138,8 @@ class Server:
   async def _ask(self, kind: str, http: HttpRequest) -> Response:
     if refused := self._refuse_stranger(http):
       return refused
+    if self._ends:
+      return self._error(_ending())
     try:
       asked = asking.read(kind, await self._body(http), self._name)
       prompt = await asyncio.to_thread(self._encode, asked)
@@ -143,6 +155,8 @@ class Server:
       return self._error(error if isinstance(error, Refused) else Refused(str(error)))
     except Busy:
       return self._error(Refused('too many requests wait; try again soon', status=429))
+    except Ending:
+      return self._error(_ending())
     except ClientDisconnect:
       return Response(status_code=400)
     del first
@@ -218,7 +232,7 @@ class Server:
           told = f'took more than {self._limits.seconds:g} seconds'
           raise Refused(told, status=408) from None
         if event is None:
-          raise Refused('the server is ending', status=503)
+          raise _ending()
         i = index.get(event.request)
         for token in event.tokens if i is not None else ():
           last = token is event.tokens[-1]
@@ -337,6 +351,10 @@ async def _stream(answer: _Answer, pieces: AsyncIterator[_Piece | None]) -> Asyn
     yield event(_error_body(refused))
   finally:
     await pieces.aclose()
+
+
+def _ending() -> Refused:
+  return Refused('the server is ending', status=503)
 
 
 def _error_body(refused: Refused) -> dict[str, Any]:
