@@ -40,6 +40,8 @@ from dsv3_jax.serving.chat import Chat
 from dsv3_jax.serving.sandbox import TemplateError
 from dsv3_jax.serving.worker import Busy, Ending, Worker
 
+_LINGER_S = 0.2
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -187,12 +189,13 @@ class Server:
     return JSONResponse(answer.whole())
 
   async def _body(self, http: HttpRequest) -> Any:
-    body, limits = b'', self._limits
+    body, limits, parts = b'', self._limits, http.stream()
     try:
       async with asyncio.timeout(limits.body_seconds):
-        async for part in http.stream():
+        async for part in parts:
           body += part
           if len(body) > limits.body_bytes:
+            await _read_away(parts)
             raise Refused(f'the body has more than {limits.body_bytes} bytes', status=413)
     except TimeoutError:
       raise Refused(f'no body after {limits.body_seconds:g} seconds', status=408) from None
@@ -351,6 +354,14 @@ async def _stream(answer: _Answer, pieces: AsyncIterator[_Piece | None]) -> Asyn
     yield event(_error_body(refused))
   finally:
     await pieces.aclose()
+
+
+async def _read_away(parts: AsyncIterator[bytes]) -> None:
+  """What is on its way for a moment: unread, it would make the kernel drop the answer with the connection."""
+  with contextlib.suppress(TimeoutError):
+    async with asyncio.timeout(_LINGER_S):
+      async for _ in parts:
+        pass
 
 
 def _ending() -> Refused:
