@@ -1,29 +1,40 @@
 """Serves a model with the OpenAI API: `python -m dsv3_jax.serve WORKDIR` (extra `[serve]`).
 
 Listens on 127.0.0.1 unless --host says otherwise. DSV3_API_KEY in the environment is asked of clients.
-WORKDIR/chat_template.jinja, where there is one, makes prompts of chats; it runs in a sandbox. A chat in the
-browser stands at /. SIGTERM and Ctrl-C let running requests end.
+The chat template that came with the weights, where there is one, makes prompts of chats; it runs in a
+sandbox. A chat in the browser stands at /. SIGTERM and Ctrl-C let what has been asked end, within --grace.
+
+Prompts may run apart, on a mesh of their own:
+
+  python -m dsv3_jax.serve WORKDIR --prompts_only --port=9000 --local=8
+  python -m dsv3_jax.serve WORKDIR --prefill=127.0.0.1:9000 --local=32
 """
 
 import argparse
+import hashlib
+import json
+import math
 import os
 import pathlib
+import signal
 import sys
+import threading
+import types
 from collections.abc import Sequence
 
 import uvicorn
 
-from dsv3_jax import console, mesh
+from dsv3_jax import config, console, mesh
 from dsv3_jax.config import ConfigError
+from dsv3_jax.inference.apart import Apart
 from dsv3_jax.inference.decode import Decoder
 from dsv3_jax.inference.engine import Engine
-from dsv3_jax.serving import chat
+from dsv3_jax.serving import chat, prompts
 from dsv3_jax.serving.app import Limits, Server
+from dsv3_jax.serving.remote import RemotePrompts
 from dsv3_jax.serving.worker import Worker
 from dsv3_jax.training import workdir
 from dsv3_jax.training.checkpoint import CheckpointError
-
-_TEMPLATE = 'chat_template.jinja'
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,41 +43,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-  application = server(args).app()
-  uvicorn.run(
-    application,
-    host=args.host,
-    port=args.port,
-    log_level='warning',
-    timeout_keep_alive=30,
-    timeout_graceful_shutdown=30,
-  )
+  if args.prompts_only:
+    _run_prompts(args)
+  else:
+    _Listener(args, server(args)).run()
+
+
+def _run_prompts(args: argparse.Namespace) -> None:
+  loaded = _load(args)
+  engine = _engine(args, loaded)
+  engine.warm_up()
+  with prompts.listener(engine, _identity(loaded), args.host, args.port) as made:
+    print(f'{loaded.name}: prompts on {args.host}:{args.port}', file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=made.shutdown).start())
+    made.serve_forever()
+
+
+class _Listener(uvicorn.Server):
+  """Stops listening at a signal; what runs has `grace` seconds to end by itself."""
+
+  def __init__(self, args: argparse.Namespace, served: Server) -> None:
+    self._served, self._grace = served, args.grace
+    super().__init__(
+      uvicorn.Config(
+        served.app(),
+        host=args.host,
+        port=args.port,
+        log_level='warning',
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=math.ceil(args.grace) + 5,  # after all have been told
+      )
+    )
+
+  def handle_exit(self, sig: int, frame: types.FrameType | None) -> None:
+    self._served.end(self._grace)
+    super().handle_exit(sig, frame)
 
 
 def server(args: argparse.Namespace) -> Server:
   """Loaded and compiled."""
-  path = pathlib.Path(args.workdir, _TEMPLATE)
-  render = chat.renderer(path.read_text(encoding='utf-8') if path.exists() else None)
+  folder = pathlib.Path(args.workdir)
+  template, variables = chat.read(folder)
   if args.waiting < 1:
     raise ConfigError(f'waiting = {args.waiting}: must be at least 1')
-  loaded = workdir.load(args.workdir, step=args.step, average=args.average)
+  loaded = _load(args)
+  made = _engine(args, loaded)
+  if args.prefill:
+    made = Apart(RemotePrompts(args.prefill, made, _identity(loaded)), made)
+  made.warm_up()
+  name = args.name or folder.resolve().name
+  print(f'{loaded.name} as {name!r} on http://{args.host}:{args.port}', file=sys.stderr)
+  key = os.environ.get('DSV3_API_KEY')
+  limits = Limits(args.body_bytes, args.seconds)
+  talk = chat.Chat(loaded.tokenizer, template, variables)
+  return Server(Worker(made, args.waiting), loaded.tokenizer, talk, name, key, limits)
+
+
+def _load(args: argparse.Namespace) -> workdir.Loaded:
+  sizes = config.Mesh(data=args.data, node=args.node, local=args.local, zero=0)
+  return workdir.load(args.workdir, step=args.step, average=args.average, sizes=sizes)
+
+
+def _engine(args: argparse.Namespace, loaded: workdir.Loaded) -> Engine:
   c = loaded.config.model
-  engine = Engine(
+  return Engine(
     Decoder(c, mesh.make_mesh(loaded.config.mesh), loaded.model),
     vocab_size=loaded.tokenizer.vocab_size,
-    eos_id=loaded.tokenizer.eos_id,
+    eos_ids=chat.ends(pathlib.Path(args.workdir), loaded.tokenizer),
     slots=args.slots,
     pages=args.pages,
     chunk=args.chunk,
     drafts=min(1, c.mtp_depth) if args.drafts is None else args.drafts,
     cache=args.cache,
+    prompts_only=args.prompts_only,
   )
-  engine.warm_up()
-  name = args.name or pathlib.Path(args.workdir).resolve().name
-  print(f'{loaded.name} as {name!r} on http://{args.host}:{args.port}', file=sys.stderr)
-  key = os.environ.get('DSV3_API_KEY')
-  limits = Limits(args.body_bytes, args.seconds)
-  return Server(Worker(engine, args.waiting), loaded.tokenizer, render, name, key, limits)
+
+
+def _identity(loaded: workdir.Loaded) -> str:
+  """What two processes compare before they work together."""
+  model = json.dumps(config.flatten(loaded.config.model), sort_keys=True, default=str)
+  digest = hashlib.blake2b(model.encode(), digest_size=8).hexdigest()
+  return f'{loaded.name}, model {digest}, tokenizer {loaded.tokenizer.fingerprint}'
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -75,19 +132,24 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   )
   add = parser.add_argument
   add('workdir', help='folder of a training run, or of imported weights')
-  add('--host', default='127.0.0.1', help='address to listen on (%(default)s)')
-  add('--port', type=int, default=8000, help='(%(default)s)')
-  add('--name', help='of the model, for clients (the name of the folder)')
-  add('--slots', type=int, default=16, help='sequences that decode together (%(default)s)')
-  add('--waiting', type=int, default=256, help='requests that may wait (%(default)s)')
+  add('--slots', type=int, default=16, help='sequences that run together (%(default)s)')
   add('--pages', type=int, help='of 64 tokens in the cache (enough for all slots at full length)')
   add('--chunk', type=int, default=128, help='tokens of a prompt at a time (%(default)s)')
   add('--drafts', type=int, help='tokens that the MTP module guesses ahead (1 if there is one)')
   add('--cache', default='plain', help="'plain' or 'fp8' (%(default)s)")
-  add('--seconds', type=float, default=600.0, help='that a request may take (%(default)s)')
-  add('--body_bytes', type=int, default=1_000_000, help='of a request (%(default)s)')
+  for axis in ('data', 'node', 'local'):
+    add(f'--{axis}', type=int, default=1, help='devices on this axis of the mesh (%(default)s)')
   add('--step', type=int, help='checkpoint to take (the newest)')
   add('--average', action='store_true', help='take the average of the weights')
+  add('--host', default='127.0.0.1', help='address to listen on (%(default)s)')
+  add('--port', type=int, default=8000, help='(%(default)s)')
+  add('--name', help='of the model, for clients (the name of the folder)')
+  add('--prompts_only', action='store_true', help='run prompts for servers on this host and port')
+  add('--prefill', help='HOST:PORT of a process with --prompts_only (prompts run here)')
+  add('--waiting', type=int, default=256, help='requests that may wait (%(default)s)')
+  add('--seconds', type=float, default=600.0, help='that a request may take (%(default)s)')
+  add('--body_bytes', type=int, default=1_000_000, help='of a request (%(default)s)')
+  add('--grace', type=float, default=30.0, help='seconds to end in, at a signal (%(default)s)')
   return parser.parse_args(arguments)
 
 

@@ -39,6 +39,7 @@ PARTS = {
   'serving': RUNS | {'inference'},
   'posttraining': RUNS | {'weights', 'training', 'inference'},
   'conversion': RUNS | {'weights', 'training'},
+  'measuring': RUNS | {'weights', 'training', 'inference'},
 }
 # Files of a package that no other part imports, and that may themselves import more than it.
 PROGRAM_FILES = {
@@ -47,6 +48,7 @@ PROGRAM_FILES = {
 } | {
   name: 'dispatching' for name in ('parallel/bench_dispatch.py', 'parallel/pipeline/__main__.py')
 }
+PROGRAM_FILES['inference/bench.py'] = 'measuring'
 PROGRAMS = PARTS.keys() | {'report'}  # of the programs, only the report is called by others
 PACKAGES = {path.name for path in (ROOT / 'dsv3_jax').iterdir() if path.is_dir()} - {'__pycache__'}
 

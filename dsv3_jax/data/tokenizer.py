@@ -45,7 +45,10 @@ _MIN_BYTES, _BYTES_PER_ENTRY = 20_000_000, 2048
 
 
 class Tokenizer:
-  """Text to ids and back. Picklable. `vocab_size` is one more than the largest id."""
+  """Text to ids and back. Picklable. `vocab_size` is one more than the largest id.
+
+  `control`: ids of the special tokens by their spellings.
+  """
 
   def __init__(self, definition: str):
     """`definition` is the content of a tokenizer.json; raises ValueError if it cannot serve."""
@@ -66,6 +69,8 @@ class Tokenizer:
       if ids[token['content']] != token['id']:  # the package numbers them on from the vocabulary
         where = f'{token["id"]} for {token["content"]!r}'
         raise ValueError(f'skips ids below {where}, which would be read as {ids[token["content"]]}')
+    special = [token['content'] for token in spec['added_tokens'] if token['special']]
+    self.control = {spelling: ids[spelling] for spelling in special}
     self.vocab_size = max(ids.values()) + 1
     self.bos_id, self.eos_id = ids[BOS], ids[EOS]
     self.pad_id = ids.get(PAD, self.eos_id)  # older releases have none; padding is never a target

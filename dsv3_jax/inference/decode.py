@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -235,6 +236,14 @@ class Decoder:
     """`rows` of NumPy arrays, a multiple of `ways` of them -> arrays whole on every device."""
     return self._programs.step(how, self._weights, rows, cache)
 
+  def read_page(self, cache: Cache, way: int, page: int) -> np.ndarray:
+    """What a page of one device holds, in all layers [Y, 64, X]."""
+    return np.asarray(self._programs.read(cache, np.int32(way), np.int32(page)))
+
+  def write_page(self, cache: Cache, way: int, page: int, entries_YMX: np.ndarray) -> Cache:
+    """The cache, donated, with a page of one device filled."""
+    return self._programs.write(cache, np.int32(way), np.int32(page), entries_YMX)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Programs:
@@ -243,6 +252,8 @@ class _Programs:
   prepare: Callable[[Transformer], list[jax.Array]]
   empty: Callable[[int, int, bool], Cache]
   step: Callable[..., tuple[Chosen, Cache]]
+  read: Callable[..., jax.Array]
+  write: Callable[..., Cache]
 
 
 @functools.cache
@@ -266,7 +277,27 @@ def _programs(c: config.Model, device_mesh: jax.sharding.Mesh) -> _Programs:
     )
     return mapped(weights, given, cache)
 
+  def read(cache: Cache, way: jax.Array, page: jax.Array) -> jax.Array:
+    """One page from its device to all: [Y, 64, X] of the cache cross."""
+    x_YMX = lax.dynamic_index_in_dim(cache.entries_YPMX, page, axis=1, keepdims=False)
+    bits = lax.bitcast_convert_type(x_YMX, f'uint{8 * x_YMX.dtype.itemsize}')  # sums keep each bit
+    mine = lax.axis_index(mesh.TOKENS) == way
+    bits = lax.psum(jnp.where(mine, bits, jnp.zeros_like(bits)), mesh.TOKENS)
+    return lax.bitcast_convert_type(bits, x_YMX.dtype)
+
+  def write(cache: Cache, way: jax.Array, page: jax.Array, entries_YMX: jax.Array) -> Cache:
+    """Each device has the entries; the one whose page it is keeps them."""
+    x_YPMX = cache.entries_YPMX
+    mine = lax.axis_index(mesh.TOKENS) == way
+    at = jnp.where(mine, page, x_YPMX.shape[1])  # beyond the last one: dropped
+    return Cache(x_YPMX.at[:, at].set(entries_YMX, mode='drop'))
+
+  on_mesh = functools.partial(jax.shard_map, mesh=device_mesh)
   return _Programs(
+    read=jax.jit(on_mesh(read, in_specs=(cached, P(), P()), out_specs=P())),
+    write=jax.jit(
+      on_mesh(write, in_specs=(cached, P(), P(), P()), out_specs=cached), donate_argnums=0
+    ),
     prepare=jax.jit(
       lambda model: jax.tree.leaves(_cast(recipe.compute_dtype(c.precision), model)),
       out_shardings=mesh.shardings(device_mesh, specs),

@@ -16,16 +16,17 @@ The engine is for one thread. It deals in tokens; text and stop strings are its 
 import collections
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference import pages as cache_pages
-from dsv3_jax.inference.decode import Chosen, Decoder, How, Rows
+from dsv3_jax.inference.decode import Chosen, Decoder, How
 from dsv3_jax.inference.pages import Pool
-from dsv3_jax.inference.sampling import GREEDY, Sampling, Samplings
+from dsv3_jax.inference.rows import Filling
+from dsv3_jax.inference.sampling import GREEDY, Sampling
 from dsv3_jax.kernels.mla_decode import PAGE
 
 CHUNK = 2 * PAGE  # tokens of a prompt that go through at a time
@@ -41,6 +42,10 @@ class Request:
   sample: int = 0  # tells apart the samples of one prompt
   top_logprobs: int = 0
 
+  @property
+  def how(self) -> tuple[Sampling, int, int]:
+    return self.sampling, self.sample, self.top_logprobs
+
 
 @dataclasses.dataclass(frozen=True)
 class Token:
@@ -50,11 +55,22 @@ class Token:
   drafted: bool = False  # guessed by the MTP module, and right
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Handover:
+  """A request whose prompt is in the cache, to go on in another engine."""
+
+  request: Request
+  token: Token  # the first one
+  drafts: list[int]  # of those behind it
+  pages: list[np.ndarray]  # [Y, 64, X] each: what the prompt's pages hold, the last one in part
+
+
 @dataclasses.dataclass(frozen=True)
 class Event:
   request: Request
   tokens: list[Token]
   finish: str | None  # 'stop': eos, the last token | 'length' | None: goes on
+  handover: Handover | None = None  # where it goes on elsewhere
 
 
 @dataclasses.dataclass
@@ -105,10 +121,11 @@ class _Slot:
 
 class Engine:
   """
-  `slots`: sequences that decode together, on all devices. `pages`: of 64 tokens, on every device; by
+  `eos_ids`: tokens that end a sequence. `slots`: sequences that decode together, on all devices. `pages`: of 64 tokens, on every device; by
   default enough for all slots at full length. `chunk`: tokens of a prompt that go through at a time.
   `drafts`: tokens that the MTP module guesses ahead of each step; 0 for none. `cache`: 'plain', in the
-  compute dtype, or 'fp8'. `max_length` defaults to the model's.
+  compute dtype, or 'fp8'. `max_length` defaults to the model's. `prompts_only`: ends a request behind its
+  first token, by a handover that another engine can `take_over`.
   """
 
   def __init__(
@@ -116,13 +133,14 @@ class Engine:
     decoder: Decoder,
     *,
     vocab_size: int,
-    eos_id: int,
+    eos_ids: Collection[int],
     slots: int = 8,
     pages: int | None = None,
     chunk: int = CHUNK,
     drafts: int = 0,
     cache: str = 'plain',
     max_length: int | None = None,
+    prompts_only: bool = False,
   ) -> None:
     c, ways = decoder.config, decoder.ways
     self.max_length = max_length or c.max_length
@@ -131,7 +149,7 @@ class Engine:
     _check(slots, ways, chunk, pages, drafts, c.mtp_depth, cache)
     self.drafts = drafts
     self.stats = Stats()
-    self._decoder, self._eos_id, self._chunk = decoder, eos_id, chunk
+    self._decoder, self._eos_ids, self._chunk = decoder, frozenset(eos_ids), chunk
     self._prompt = How(prompt=True, drafts=drafts, vocab_size=vocab_size)
     self._decode = How(prompt=False, drafts=drafts, vocab_size=vocab_size)
     self._slots: list[_Slot | None] = [
@@ -139,6 +157,8 @@ class Engine:
     ] * slots  # those of the first device, then of the second
     self._pools = [Pool(pages) for _ in range(ways)]
     self._waiting: collections.deque[Request] = collections.deque()
+    self._arrived: collections.deque[Handover] = collections.deque()
+    self._prompts_only = prompts_only
     self._cache = decoder.empty(pages, drafts=drafts, fp8=cache == 'fp8')
     self.bytes_per_token = self._cache.bytes_per_token
 
@@ -148,6 +168,19 @@ class Engine:
     """Puts a request in the queue. Raises ConfigError for one that can never run."""
     self.check(request)
     self._waiting.append(request)
+
+  def take_over(self, handover: Handover) -> None:
+    """Puts a request whose prompt another engine has run before those that wait.
+
+    Raises ConfigError for one that can never run, or whose pages are not as this engine's.
+    """
+    self.check(handover.request)
+    count, right = -(-len(handover.request.prompt) // PAGE), self.page
+    given = {(x.shape, x.dtype) for x in handover.pages}
+    if len(handover.pages) != count or given != {right}:
+      told = f'handover of {len(handover.pages)} pages {given}: must be {count} of {right}'
+      raise ConfigError(f'{told}; are both engines of one model, cache and drafts?')
+    self._arrived.append(handover)
 
   def check(self, request: Request) -> None:
     """Raises ConfigError for a request that can never run; any thread may ask."""
@@ -167,13 +200,25 @@ class Engine:
   def cancel(self, request: Request) -> None:
     """Ends a request, waiting or running; one that has ended already is left alone."""
     self._waiting = collections.deque(r for r in self._waiting if r is not request)
+    self._arrived = collections.deque(h for h in self._arrived if h.request is not request)
     for i, slot in enumerate(self._slots):
       if slot and slot.request is request:
         self._free(i)
 
   @property
+  def page(self) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape [Y, 64, X] and dtype of a page over all layers."""
+    Y, _, *entry = self._cache.entries_YPMX.shape
+    return (Y, *entry), self._cache.entries_YPMX.dtype
+
+  @property
+  def room(self) -> int:
+    """Tokens that the longest request can have, prompt and answer."""
+    return min(self.max_length, self._pools[0].size * PAGE - self.drafts)
+
+  @property
   def waiting(self) -> int:
-    return len(self._waiting)
+    return len(self._waiting) + len(self._arrived)
 
   @property
   def running(self) -> int:
@@ -186,7 +231,7 @@ class Engine:
 
   @property
   def idle(self) -> bool:
-    return not self._waiting and not self.running
+    return not self.waiting and not self.running
 
   # ---- steps -------------------------------------------------------------------------------------
 
@@ -199,10 +244,12 @@ class Engine:
     return events
 
   def _admit(self) -> None:
+    while self._arrived and self._place(self._arrived[0].request, self._arrived[0]):
+      self._arrived.popleft()
     while self._waiting and self._place(self._waiting[0]):
       self._waiting.popleft()
 
-  def _place(self, request: Request) -> bool:
+  def _place(self, request: Request, handover: Handover | None = None) -> bool:
     """Gives the request a slot and pages on the device that has most of its beginning, then most room."""
     names = cache_pages.names(request.prompt, ahead=bool(self.drafts))
     per_way = len(self._slots) // len(self._pools)
@@ -211,7 +258,8 @@ class Engine:
       first = way * per_way
       free = [i for i in range(first, first + per_way) if self._slots[i] is None]
       if free:
-        shared = self._shareable(pool.find(names), len(request.prompt))
+        found = pool.find(names)
+        shared = found if handover else self._shareable(found, len(request.prompt))
         rank = len(shared), pool.available
         if best is None or rank > best[0]:
           best = rank, free[0], pool, shared
@@ -228,7 +276,27 @@ class Engine:
     self.stats.requests += 1
     self.stats.prompt_tokens += len(request.prompt)
     self.stats.shared_tokens += done
+    if handover:
+      self._receive(i, pool, handover, len(shared))
     return True
+
+  def _receive(self, i: int, pool: Pool, handover: Handover, shared: int) -> None:
+    """Writes the pages that are not here yet; the slot goes on behind the first token."""
+    slot, way = self._slots[i], self._pools.index(pool)
+    for page, entries in list(zip(slot.pages, handover.pages, strict=False))[shared:]:
+      self._cache = self._decoder.write_page(self._cache, way, page, entries)
+    for page, name in zip(slot.pages, slot.names, strict=False):
+      pool.give_name(page, name)
+    slot.done = len(handover.request.prompt)
+    slot.tokens.append(handover.token.id)
+    slot.drafts = handover.drafts[: self.drafts]
+    self.stats.tokens += 1
+
+  def _hand_over(self, i: int, token: Token) -> Handover:
+    slot, way = self._slots[i], i * len(self._pools) // len(self._slots)
+    filled = slot.pages[: -(-slot.done // PAGE)]
+    pages = [self._decoder.read_page(self._cache, way, page) for page in filled]
+    return Handover(slot.request, token, slot.drafts, pages)
 
   def _shareable(self, found: list[int], prompt: int) -> list[int]:
     """Whole chunks, and not all of the prompt: its last token must run."""
@@ -241,7 +309,8 @@ class Engine:
 
   def _need(self, request: Request) -> int:
     """Pages: the MTP module runs ahead of the last token by as many as it drafts."""
-    return -(-(len(request.prompt) + self._limit(request) + self.drafts) // PAGE)
+    limit = 1 if self._prompts_only else self._limit(request)
+    return -(-(len(request.prompt) + limit + self.drafts) // PAGE)
 
   def _run_prompts(self) -> list[Event]:
     per_way = len(self._slots) // len(self._pools)
@@ -253,14 +322,14 @@ class Engine:
       chosen_slots.append(max(todo, key=lambda i: self._slots[i].done) if todo else None)
     if all(i is None for i in chosen_slots):
       return []
-    rows = _Rows(len(chosen_slots), self._chunk, self._table)
+    rows = Filling(len(chosen_slots), self._chunk, self._table)
     for b, i in enumerate(chosen_slots):
       if i is not None:
         slot = self._slots[i]
         part = slot.request.prompt[slot.done : slot.done + self._chunk]
         end = slot.done + len(part)
         behind = slot.request.prompt[end] if end < len(slot.request.prompt) else -1
-        rows.put(b, slot, part, slot.done, behind)
+        rows.put(b, part, slot.done, slot.pages, slot.request.how, behind)
     chosen = self._run(self._prompt, rows)
     events = []
     for b, i in enumerate(chosen_slots):
@@ -276,23 +345,25 @@ class Engine:
     return events
 
   def _run_decode(self) -> list[Event]:
-    rows = _Rows(len(self._slots), 1 + self.drafts, self._table)
+    rows = Filling(len(self._slots), 1 + self.drafts, self._table)
     live = [i for i, slot in enumerate(self._slots) if slot and slot.prefilled]
     for i in live:
       slot = self._slots[i]
       slot.drafts = slot.drafts[: slot.remaining - 1]  # a right one gives two tokens
-      rows.put(i, slot, [slot.tokens[-1], *slot.drafts], len(slot.tokens) - 1, -1)
+      rows.put(
+        i, [slot.tokens[-1], *slot.drafts], len(slot.tokens) - 1, slot.pages, slot.request.how
+      )
       self.stats.row_steps += 1
     chosen = self._run(self._decode, rows)
     return [self._take(i, chosen, i) for i in live]
 
   def warm_up(self) -> None:
     """Compiles both programs, by a step of each on empty rows."""
-    self._run(self._prompt, _Rows(len(self._pools), self._chunk, self._table))
-    self._run(self._decode, _Rows(len(self._slots), 1 + self.drafts, self._table))
+    self._run(self._prompt, Filling(len(self._pools), self._chunk, self._table))
+    self._run(self._decode, Filling(len(self._slots), 1 + self.drafts, self._table))
     self.stats = Stats()
 
-  def _run(self, how: How, rows: '_Rows') -> Chosen:
+  def _run(self, how: How, rows: Filling) -> Chosen:
     start = time.perf_counter()
     chosen, self._cache = self._decoder.step(how, rows.arrays(), self._cache)
     chosen = jax.device_get(chosen)
@@ -311,7 +382,7 @@ class Engine:
       top = [(int(t), float(p)) for t, p in list(top)[: slot.request.top_logprobs]]
       tokens.append(Token(token, float(chosen.logprob_BL[b, j]), tuple(top), drafted=j < right))
       slot.tokens.append(token)
-      if token == self._eos_id:
+      if token in self._eos_ids:
         finish = 'stop'
       elif not slot.remaining:
         finish = 'length'
@@ -321,47 +392,15 @@ class Engine:
     self.stats.drafts += len(slot.drafts)
     self.stats.accepted += min(right, len(tokens))
     slot.drafts = chosen.drafts_BK[b].tolist()
-    if finish:
+    handover = None if finish or not self._prompts_only else self._hand_over(i, tokens[0])
+    if finish or handover:
       self._free(i)
-    return Event(slot.request, tokens, finish)
+    return Event(slot.request, tokens, finish, handover)
 
   def _free(self, i: int) -> None:
     pool = self._pools[i * len(self._pools) // len(self._slots)]
     pool.give_back(self._slots[i].pages)
     self._slots[i] = None
-
-
-class _Rows:
-  """`decode.Rows` while it is filled."""
-
-  def __init__(self, rows: int, length: int, table: int) -> None:
-    self._tokens_BL = np.zeros((rows, length), np.int32)
-    self._start_B = np.zeros(rows, np.int32)
-    self.count_B = np.zeros(rows, np.int32)
-    self._table_BJ = np.zeros((rows, table), np.int32)
-    self._next_B = np.full(rows, -1, np.int32)
-    self._samplings = [GREEDY] * rows
-    self._sample = [0] * rows
-    self._top = False
-
-  def put(self, b: int, slot: _Slot, tokens: Sequence[int], start: int, behind: int) -> None:
-    self._tokens_BL[b, : len(tokens)] = tokens
-    self._start_B[b], self.count_B[b], self._next_B[b] = start, len(tokens), behind
-    self._table_BJ[b, : len(slot.pages)] = slot.pages
-    self._samplings[b], self._sample[b] = slot.request.sampling, slot.request.sample
-    self._top |= slot.request.top_logprobs > 0
-
-  def arrays(self) -> Rows:
-    samplings = Samplings.of(self._samplings, self._sample)
-    return Rows(
-      self._tokens_BL,
-      self._start_B,
-      self.count_B,
-      self._table_BJ,
-      self._next_B,
-      samplings,
-      np.array(self._top),
-    )
 
 
 def _check(

@@ -33,7 +33,7 @@ def engine_for(
   return Engine(
     decoder,
     vocab_size=tokenizer.vocab_size,
-    eos_id=tokenizer.eos_id,
+    eos_ids={tokenizer.eos_id},
     slots=slots * decoder.ways,
     pages=slots * _power_of_two(-(-tokens // PAGE)),
     drafts=drafts,

@@ -46,7 +46,7 @@ class Mla(nnx.Module):
   def heads(self, c: config.Model, x_BLD: jax.Array) -> jax.Array:
     """What every head read -> [B, L, N, V]."""
     positions_L = jnp.arange(x_BLD.shape[1], dtype=jnp.int32)
-    nope_BLNH, rope_BLNR = self._queries(c, x_BLD, positions_L[None])
+    nope_BLNH, rope_BLNR = self.queries(c, x_BLD, positions_L[None])
     latent_BLC, k_rope_BLR = self.latents(c, x_BLD, positions_L[None])
     k_nope_BLNH = recipe.linear(c.precision, latent_BLC, self.k_up_CNH[...])
     v_BLNV = recipe.linear(c.precision, latent_BLC, self.v_up_CNV[...])
@@ -88,7 +88,7 @@ class Mla(nnx.Module):
     each pair of tokens where the expanded form has 320 in V3; but that one would project the whole past
     up again for every chunk, dearer as long as a chunk has less than about 170 tokens.
     """
-    nope_BLNH, rope_BLNR = self._queries(c, x_BLD, positions_BL)
+    nope_BLNH, rope_BLNR = self.queries(c, x_BLD, positions_BL)
     weight = lambda w: w[...].astype(x_BLD.dtype)
     query_BLNC = jnp.einsum('BLNH,CNH->BLNC', nope_BLNH, weight(self.k_up_CNH))
     out_BLNC, _ = mla_decode(
@@ -101,7 +101,7 @@ class Mla(nnx.Module):
     )
     return self.output(c, jnp.einsum('BLNC,CNV->BLNV', out_BLNC, weight(self.v_up_CNV)))
 
-  def _queries(
+  def queries(
     self, c: config.Model, x_BLD: jax.Array, positions_BL: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """[B, L, N, H] without position and [B, L, N, R] rotated."""

@@ -12,12 +12,12 @@ import dataclasses
 import functools
 import hmac
 import json
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-import jinja2
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -36,8 +36,11 @@ from dsv3_jax.inference.engine import Event, Request, Token
 from dsv3_jax.inference.stream import StopText, TextStream
 from dsv3_jax.serving import asking, page
 from dsv3_jax.serving.asking import Asked, Refused
-from dsv3_jax.serving.chat import Render
-from dsv3_jax.serving.worker import Busy, Worker
+from dsv3_jax.serving.chat import Chat
+from dsv3_jax.serving.sandbox import TemplateError
+from dsv3_jax.serving.worker import Busy, Ending, Worker
+
+_LINGER_S = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +65,16 @@ class Server:
     self,
     worker: Worker,
     tokenizer: Tokenizer,
-    render: Render,
+    chat: Chat,
     name: str,
     key: str | None,
     limits: Limits,
   ) -> None:
-    self._worker, self._tokenizer, self._render = worker, tokenizer, render
+    self._worker, self._tokenizer, self._chat = worker, tokenizer, chat
     self._name, self._key, self._limits = name, key, limits
     self._created = int(time.time())
     self._answers: dict[int, int] = {}  # by status
+    self._ends = False
 
   def app(self) -> Starlette:
     post = lambda path, kind: Route(path, functools.partial(self._ask, kind), methods=['POST'])
@@ -89,15 +93,24 @@ class Server:
       self._worker.start()
       yield
       await asyncio.to_thread(self._worker.stop)
+      self._chat.close()
 
     return Starlette(routes=routes, lifespan=lifespan)
+
+  def end(self, seconds: float) -> None:
+    """Takes nothing new from now on; what is in goes on for `seconds`, and is then told 503."""
+    if not self._ends:
+      self._ends = True
+      timer = threading.Timer(seconds, self._worker.stop)
+      timer.daemon = True  # nothing waits for it where all is done before
+      timer.start()
 
   # ---- what is not a question --------------------------------------------------------------------
 
   async def _health(self, http: HttpRequest) -> Response:
     del http
-    failure = self._worker.failure
-    return JSONResponse({'status': 'failed' if failure else 'ok'}, 503 if failure else 200)
+    status = 'failed' if self._worker.failure else 'ending' if self._ends else 'ok'
+    return JSONResponse({'status': status}, 200 if status == 'ok' else 503)
 
   async def _models(self, http: HttpRequest) -> Response:
     if refused := self._refuse_stranger(http):
@@ -127,9 +140,11 @@ class Server:
   async def _ask(self, kind: str, http: HttpRequest) -> Response:
     if refused := self._refuse_stranger(http):
       return refused
+    if self._ends:
+      return self._error(_ending())
     try:
       asked = asking.read(kind, await self._body(http), self._name)
-      prompt = self._encode(asked)
+      prompt = await asyncio.to_thread(self._encode, asked)
       room = self._worker.engine.max_length - len(prompt)
       requests = [
         Request(prompt, asked.max_tokens or max(room, 1), asked.sampling, i, asked.top_logprobs)
@@ -142,6 +157,8 @@ class Server:
       return self._error(error if isinstance(error, Refused) else Refused(str(error)))
     except Busy:
       return self._error(Refused('too many requests wait; try again soon', status=429))
+    except Ending:
+      return self._error(_ending())
     except ClientDisconnect:
       return Response(status_code=400)
     del first
@@ -172,12 +189,13 @@ class Server:
     return JSONResponse(answer.whole())
 
   async def _body(self, http: HttpRequest) -> Any:
-    body, limits = b'', self._limits
+    body, limits, parts = b'', self._limits, http.stream()
     try:
       async with asyncio.timeout(limits.body_seconds):
-        async for part in http.stream():
+        async for part in parts:
           body += part
           if len(body) > limits.body_bytes:
+            await _read_away(parts)
             raise Refused(f'the body has more than {limits.body_bytes} bytes', status=413)
     except TimeoutError:
       raise Refused(f'no body after {limits.body_seconds:g} seconds', status=408) from None
@@ -192,11 +210,12 @@ class Server:
       if not all(0 <= i < t.vocab_size for i in asked.prompt):
         raise Refused(f'prompt: token ids must be from 0 to {t.vocab_size - 1}', 'prompt')
       return asked.prompt
+    if not asked.chat:
+      return [t.bos_id, *t.encode(asked.prompt)]
     try:
-      text = self._render(asked.prompt) if asked.chat else asked.prompt
-    except jinja2.TemplateError as error:
+      return self._chat.encode(asked.prompt)
+    except TemplateError as error:
       raise Refused(f'messages: the chat template refuses them: {error}', 'messages') from None
-    return [t.bos_id, *t.encode(text)]
 
   async def _pieces(self, asked: Asked, requests: list[Request]) -> AsyncIterator[_Piece | None]:
     """None once all is queued, then what every token adds; ends with the last choice."""
@@ -216,7 +235,7 @@ class Server:
           told = f'took more than {self._limits.seconds:g} seconds'
           raise Refused(told, status=408) from None
         if event is None:
-          raise Refused('the server is ending', status=503)
+          raise _ending()
         i = index.get(event.request)
         for token in event.tokens if i is not None else ():
           last = token is event.tokens[-1]
@@ -335,6 +354,18 @@ async def _stream(answer: _Answer, pieces: AsyncIterator[_Piece | None]) -> Asyn
     yield event(_error_body(refused))
   finally:
     await pieces.aclose()
+
+
+async def _read_away(parts: AsyncIterator[bytes]) -> None:
+  """What is on its way for a moment: unread, it would make the kernel drop the answer with the connection."""
+  with contextlib.suppress(TimeoutError):
+    async with asyncio.timeout(_LINGER_S):
+      async for _ in parts:
+        pass
+
+
+def _ending() -> Refused:
+  return Refused('the server is ending', status=503)
 
 
 def _error_body(refused: Refused) -> dict[str, Any]:

@@ -10,6 +10,10 @@ class Busy(Exception):
   """More requests wait than the server lets in."""
 
 
+class Ending(Exception):
+  """The engine has ended, or failed: nothing runs any more."""
+
+
 class Worker:
   """`most_waiting`: requests that may wait for a slot; one more is Busy."""
 
@@ -31,14 +35,16 @@ class Worker:
     """Queues all or none. The thread calls `callback` with each event; with None if it fails.
 
     Raises:
-      Busy: the queue is full, or the server ends.
+      Busy: the queue is full.
+      Ending: nothing runs any more.
       ConfigError: a request can never run.
     """
     for request in requests:
       self.engine.check(request)
     with self._lock:
-      waiting = self.engine.waiting + len(self._new)
-      if self._ends or self.failure or waiting + len(requests) > self._most_waiting:
+      if self._ends or self.failure:
+        raise Ending
+      if self.engine.waiting + len(self._new) + len(requests) > self._most_waiting:
         raise Busy
       self._new += requests
       self._callbacks |= dict.fromkeys(requests, callback)
@@ -53,7 +59,7 @@ class Worker:
       self._lock.notify()
 
   def stop(self) -> None:
-    """Ends the thread behind its step; whoever runs is told None."""
+    """Ends the thread behind its step; whoever runs is told None. Again, it does nothing."""
     with self._lock:
       self._ends = True
       self._lock.notify()

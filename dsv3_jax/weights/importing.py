@@ -29,7 +29,9 @@ from dsv3_jax.weights.names import Slot
 from dsv3_jax.weights.transpose import contiguous
 
 # Beside tokenizer.json; only passed on.
-SMALL_FILES = ('tokenizer_config.json', 'generation_config.json', 'special_tokens_map.json')
+SMALL_FILES = (
+  'tokenizer_config.json', 'generation_config.json', 'special_tokens_map.json', 'chat_template.jinja',
+)  # fmt: skip
 _SHOWN = 10  # faults
 
 

@@ -15,7 +15,7 @@ _LONGEST = 192
 
 
 def _engine(small, **changes):
-  how = {'vocab_size': _VOCAB, 'eos_id': -1, 'slots': 8, 'chunk': 64} | changes
+  how = {'vocab_size': _VOCAB, 'eos_ids': (), 'slots': 8, 'chunk': 64} | changes
   return Engine(small.decoder, **how)
 
 
@@ -137,7 +137,7 @@ def test_eos_ends_a_sequence_and_is_its_last_token(long, requests, plain):
   long_one = next(i for i, tokens in enumerate(_ids(plain)) if len(set(tokens)) > 2)
   tokens = _ids(plain)[long_one]
   eos = next(token for token in tokens if token != tokens[0])
-  engine = _engine(long, eos_id=eos, drafts=3)
+  engine = _engine(long, eos_ids={eos}, drafts=3)
   [ended] = _ids(_run(engine, [requests[long_one]]))
   assert ended == tokens[: tokens.index(eos) + 1]
   assert alone == _ids(plain)[0]

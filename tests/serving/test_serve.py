@@ -1,63 +1,25 @@
-"""The server over a real socket, by the official client: answers, refusals, people who go away."""
+"""The server over a real socket, by the official client: answers and refusals."""
 
 import concurrent.futures
 import json
-import socket
-import threading
-import time
 import urllib.error
 import urllib.request
 
 import openai
 import pytest
-import uvicorn
-
-from dsv3_jax import config, mesh, serve
-from dsv3_jax.data import tokenizer
-from dsv3_jax.training import state, workdir
-from dsv3_jax.training.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope='module')
-def served(tmp_path_factory):
-  """A server of an untrained model that asks for a key, and its engine."""
-  folder = tmp_path_factory.mktemp('run')
-  d = config.debug(config.default())
-  d.model.precision = 'fp32'
-  d.model.init_std = 0.3
-  c = config.freeze(d)
-  workdir.claim(folder, c)
-  tokenizer.train(['x'], 262).save(folder / workdir.TOKENIZER)
-  with Checkpointer(folder / workdir.CHECKPOINTS, c.checkpoint) as checkpointer:
-    checkpointer.save(1, state.init(c, mesh.make_mesh(c.mesh)), {})
-  arguments = [str(folder), '--slots=8', '--chunk=64', '--name=small', '--body_bytes=20000']
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('DSV3_API_KEY', 'secret')
-    made = serve.server(serve._parse(arguments))
-  with socket.socket() as s:
-    s.bind(('127.0.0.1', 0))
-    port = s.getsockname()[1]
-  running = uvicorn.Server(uvicorn.Config(made.app(), port=port, log_level='error'))
-  thread = threading.Thread(target=running.run)
-  thread.start()
-  while not running.started:
-    time.sleep(0.01)
-  yield f'http://127.0.0.1:{port}', made._worker.engine
-  running.should_exit = True
-  thread.join()
+def served(running):
+  """A server that asks for a key."""
+  with running('--body_bytes=20000', key='secret') as made:
+    yield made
 
 
 @pytest.fixture(scope='module')
 def client(served):
-  with openai.OpenAI(base_url=served[0] + '/v1', api_key='secret', max_retries=0) as made:
+  with openai.OpenAI(base_url=served.url + '/v1', api_key='secret', max_retries=0) as made:
     yield made
-
-
-def _empty_soon(engine):
-  end = time.monotonic() + 10
-  while engine.pages_owned or engine.running or engine.waiting:
-    assert time.monotonic() < end, 'pages are still owned'
-    time.sleep(0.01)
 
 
 def test_64_at_once_get_what_each_gets_alone_streamed_or_not(served, client):
@@ -72,7 +34,7 @@ def test_64_at_once_get_what_each_gets_alone_streamed_or_not(served, client):
   with concurrent.futures.ThreadPoolExecutor(64) as pool:
     assert list(pool.map(ask, range(64))) == alone * 8
   assert len(set(alone)) == 8
-  _empty_soon(served[1])
+  served.empty_soon()
 
 
 def test_chat_has_usage_logprobs_choices_and_stops(client):
@@ -126,29 +88,16 @@ def _post(url, body, key='secret', path='/v1/completions'):
   ],
 )  # fmt: skip
 def test_what_cannot_be_answered_gets_a_reason(served, body, status, told):
-  got, message = _post(served[0], body)
+  got, message = _post(served.url, body)
   assert got == status and message.startswith(told)
 
 
 def test_strangers_are_refused_and_health_and_metrics_are_open(served):
-  assert _post(served[0], b'{"prompt": "a"}', key='wrong') == (
+  assert _post(served.url, b'{"prompt": "a"}', key='wrong') == (
     401,
     'the API key is missing or wrong',
   )
-  read = lambda path: urllib.request.urlopen(served[0] + path, timeout=20).read().decode()
+  read = lambda path: urllib.request.urlopen(served.url + path, timeout=20).read().decode()
   assert json.loads(read('/health')) == {'status': 'ok'}
   assert 'dsv3_pages_owned 0\n' in read('/metrics') and 'status="401"' in read('/metrics')
   assert 'class=drafted' in read('/')
-
-
-def test_who_goes_away_gives_the_pages_back(served, client):
-  for _ in range(10):
-    parts = client.completions.create(model='small', prompt='a', max_tokens=60, stream=True)
-    next(iter(parts))
-    parts.close()
-  host, port = served[0].removeprefix('http://').split(':')
-  body = b'{"prompt": "a", "max_tokens": 60}'
-  head = f'POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer secret\r\ncontent-length: {len(body)}\r\n\r\n'
-  with socket.create_connection((host, int(port))) as s:
-    s.sendall(head.encode() + body)
-  _empty_soon(served[1])
