@@ -25,7 +25,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-import numpy as np
+from dsv3_jax.codesign.replica_groups import Places
 
 KINDS = (
   'collective-permute',
@@ -97,7 +97,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
   Raises ValueError when the program is not one for that many devices, or on replica groups unknown here.
   """
   module = _Module(text)
-  places = _Places(module, mesh_shape)
+  places = Places(mesh_shape, module.partitions, module.sliced)
   return [
     Collective(
       name=found.start.name,
@@ -105,9 +105,9 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
       origin=found.origin,
       operand_bytes=module.operand_bytes(found),
       result_bytes=module.result_bytes(found),
-      members=places.members(found),
+      members=places.members(found.kind, found.inner.attributes),
       fills=module.fills(found),
-      share=places.share(found),
+      share=places.share(found.kind, found.inner.attributes),
       computation=found.computation,
       loops=module.loops(found.computation),
       asynchronous=found.asynchronous,
@@ -393,71 +393,3 @@ def _bits(dtype: str) -> int:
   if digits is None:
     raise ValueError(f'{dtype} is no element type that is known here')
   return int(digits[1])
-
-
-# ---- device ids to mesh axes ---------------------------------------------------------------------
-
-_PAIRS = re.compile(r'source_target_pairs=\{(\{.*?\})\}')
-_LISTS = re.compile(r'replica_groups=\{(\{.*?\})?\}')
-_IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
-_MESH = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
-
-
-class _Places:
-  """Coordinates of device ids in the mesh."""
-
-  def __init__(self, module: _Module, mesh_shape: Mapping[str, int]) -> None:
-    self.mesh_shape = dict(mesh_shape)
-    self.ids = module.partitions
-    size = math.prod(mesh_shape.values())
-    slices = size // self.ids
-    if size != self.ids and not (module.sliced and slices * self.ids == size):
-      told = ' x '.join(f'{axis} {n}' for axis, n in mesh_shape.items())
-      raise ValueError(f'mesh = {told} = {size} devices: the program is one for {self.ids}')
-    self.between_slices = np.arange(slices)[None] * self.ids
-
-  def share(self, found: _Found) -> dict[str, float]:
-    if pairs := _PAIRS.search(found.inner.attributes):
-      crosses = self._differ(np.array(_lists(pairs[1]))).sum(axis=1) / self.ids
-    elif found.kind in ('send', 'recv'):
-      crosses = self._differ(self.between_slices).any(axis=1)
-    else:
-      crosses = self._differ(_groups(found.inner.attributes, self.ids)).any(axis=1)
-    return {axis: float(part) for axis, part in zip(self.mesh_shape, crosses, strict=True) if part}
-
-  def members(self, found: _Found) -> int:
-    if found.kind in ('collective-permute', 'send', 'recv'):
-      return 2
-    return _groups(found.inner.attributes, self.ids).shape[1]
-
-  def _differ(self, groups: np.ndarray) -> np.ndarray:
-    """Whether the devices of each group differ along each axis: [G, n] -> [axes, G]."""
-    places = np.stack(np.unravel_index(groups, tuple(self.mesh_shape.values())))
-    return (places != places[:, :, :1]).any(axis=2)
-
-
-def _groups(attributes: str, ids: int) -> np.ndarray:
-  """Device ids of each replica group: [G, n]."""
-  if match := _LISTS.search(attributes):
-    return np.array(_lists(match[1])) if match[1] else np.arange(ids)[None]
-  if match := _IOTA.search(attributes):
-    shape, dims, order = (_numbers(part) for part in match.groups(''))
-    devices = np.arange(math.prod(dims)).reshape(dims)
-    return devices.transpose(order or range(len(dims))).reshape(shape)
-  match = _MESH.search(attributes)
-  sizes = re.findall(r"'(\w+)'=(\d+)", match[1]) if match else []
-  axes = re.findall(r"'(\w+)'", match[2]) if match else []
-  names = [name for name, _ in sizes]
-  if not match or ':' in match[2] or not set(axes) <= set(names):
-    raise ValueError(f'replica groups in a form unknown here: {attributes[:200]!r}')
-  devices = np.arange(ids).reshape([int(n) for _, n in sizes])
-  devices = np.moveaxis(devices, [names.index(a) for a in axes], range(-len(axes), 0))
-  return devices.reshape(-1, math.prod(int(n) for name, n in sizes if name in axes))
-
-
-def _lists(text: str) -> list[list[int]]:
-  return [_numbers(part) for part in re.findall(r'\{([\d,]*)\}', text)]
-
-
-def _numbers(text: str) -> list[int]:
-  return [int(n) for n in text.split(',') if n]
