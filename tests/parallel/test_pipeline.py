@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax import config, mesh
+from dsv3_jax import config, lowering, mesh
 from dsv3_jax.compat import vary
 from dsv3_jax.mesh import AXES
 from dsv3_jax.model import transformer
@@ -218,6 +218,13 @@ def test_a_checkpoint_of_a_pipe_restores_on_any_other(tmp_path):
 def test_blocks_that_do_not_fill_the_stages_say_what_would(sizes, told):
   with pytest.raises(ValueError, match=told):
     stages.arrange(*sizes)
+
+
+def test_a_step_of_many_programs_is_not_lowered_as_one():
+  shape = next(iter(_MPMD))
+  c = _config(shape, shape, 'mpmd')
+  with pytest.raises(config.ConfigError, match=r"pipeline.executor = 'mpmd': must be 'uniform'"):
+    lowering.train(c, mesh.make_mesh(c.mesh))
 
 
 def test_v3_stands_on_sixteen_ranks_in_stages_of_three_and_four_blocks():
