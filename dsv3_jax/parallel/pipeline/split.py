@@ -204,6 +204,9 @@ def _run_opened(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) 
 
 def _bind(equation: Any, values: Sequence[Any]) -> Sequence[Any]:
   primitive = equation.primitive
+  if primitive.name == 'pvary':
+    # What executors keep comes back varying over all axes: it may be so already.
+    return [vary(v, equation.params['axes']) for v in values]
   outs = primitive.bind(*values, **primitive.get_bind_params(equation.params))
   return outs if primitive.multiple_results else [outs]
 
