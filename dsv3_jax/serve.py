@@ -107,7 +107,7 @@ def _load(args: argparse.Namespace) -> workdir.Loaded:
 def _engine(args: argparse.Namespace, loaded: workdir.Loaded) -> Engine:
   c = loaded.config.model
   return Engine(
-    Decoder(c, mesh.make_mesh(loaded.config.mesh), loaded.model),
+    Decoder(c, mesh.make_mesh(loaded.config.mesh), loaded.model, redundant=args.redundant),
     vocab_size=loaded.tokenizer.vocab_size,
     eos_ids=chat.ends(pathlib.Path(args.workdir), loaded.tokenizer),
     slots=args.slots,
@@ -116,6 +116,7 @@ def _engine(args: argparse.Namespace, loaded: workdir.Loaded) -> Engine:
     drafts=min(1, c.mtp_depth) if args.drafts is None else args.drafts,
     cache=args.cache,
     prompts_only=args.prompts_only,
+    balance_every=args.balance_every,
   )
 
 
@@ -139,6 +140,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add('--cache', default='plain', help="'plain' or 'fp8' (%(default)s)")
   for axis in ('data', 'node', 'local'):
     add(f'--{axis}', type=int, default=1, help='devices on this axis of the mesh (%(default)s)')
+  add('--redundant', type=int, default=0, help='copies of experts in each layer (%(default)s)')
+  add('--balance_every', type=int, default=0, help='steps until experts are placed anew (0: never)')
   add('--step', type=int, help='checkpoint to take (the newest)')
   add('--average', action='store_true', help='take the average of the weights')
   add('--host', default='127.0.0.1', help='address to listen on (%(default)s)')

