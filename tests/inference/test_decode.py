@@ -80,10 +80,10 @@ def test_weights_cast_once_give_the_bits_of_weights_cast_at_each_use(make_small)
   rows = _rows(tokens_BL, 0 * ones, 40 * ones, table, Sampling(0.0, 1.0), [0])
   by_row, cached = P(mesh.TOKENS), latent_cache.Cache(latent_cache.SPEC)
   uncast = jax.shard_map(
-    lambda *args: decode.step(c, how, *args),
+    lambda model, *args: decode.step(c, how, model, small.decoder._slots, *args),
     mesh=small.device_mesh,
     in_specs=(small.specs, jax.tree.map(lambda x: by_row if x.ndim else P(), rows), cached),
-    out_specs=(by_row, cached),
+    out_specs=(decode.Chosen(*[by_row] * 6, P()), cached),
   )
   expected = jax.jit(uncast)(small.model, rows, latent_cache.empty(c, 4, 2))
   got = small.decoder.step(how, rows, small.decoder.empty(2, drafts=1))
