@@ -19,7 +19,9 @@ RUNS = MODEL | {'model', 'counts', 'data', 'runtime', 'flags', 'console'}
 PARTS = {
   'compat': set(),
   'runtime': set(),
-  'config': set(),
+  'schema': set(),
+  'limits': {'schema'},
+  'config': {'schema', 'limits'},
   'counts': {'config'},
   'console': {'config'},
   'flags': {'config'},
