@@ -125,7 +125,8 @@ def _mesh(target: str) -> Mesh:
 
 @pytest.mark.parametrize('case', _CASES)
 @pytest.mark.parametrize('target', ['v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
-def test_kernel_compiles_with_replication_checked_and_is_chosen_where_none_is_named(target, case):
+def test_kernel_compiles_with_replication_checked(target, case, monkeypatch):
+  monkeypatch.setitem(choice._OF_CHIP, 'tpu', 'pallas_tpu')
   function, *arguments = _CASES[case]
   mesh, platforms = _mesh(target), set()
 
