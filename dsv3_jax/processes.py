@@ -15,18 +15,21 @@ them could go on. Starting all again continues from the last checkpoint.
 import atexit
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import multihost
 
 from dsv3_jax.config import ConfigError
 
 ADDRESS, COUNT, ID = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
 _LOST_S = 30  # without a heartbeat; JAX waits 100
+_APART_S = 3600  # processes may come to the same place so far apart
 
 
 def join() -> None:
@@ -58,9 +61,27 @@ def join() -> None:
 
 
 def wait_for_all(name: str) -> None:
-  """Returns once all processes are here: the last one may write for longer than a shutdown waits."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+  """Returns once all processes are here. Devices send nothing, so it may take long. A name serves once."""
+  multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * _APART_S)
+
+
+def compile_together(name: str, program: Callable[..., Any]) -> Callable[..., Any]:
+  """`program`, for arguments of one shape; jitted, it runs in no process before it is compiled in all.
+
+  One that compiles for longer would be missed: the first collective on CPUs waits half a minute for others.
+  """
+  if jax.process_count() == 1 or not isinstance(program, jax.stages.Wrapped):
+    return program
+  compiled = None
+
+  def run(*arguments: Any) -> Any:
+    nonlocal compiled
+    if compiled is None:
+      compiled = program.lower(*arguments).compile()
+      wait_for_all(name)
+    return compiled(*arguments)
+
+  return run
 
 
 class Stop:

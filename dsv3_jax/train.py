@@ -88,8 +88,8 @@ def train(c: config.Config, folder: str, name: str) -> int:
   say(dispatch.describe(c.model.moe, device_mesh))
   say(batches.describe(corpus, tokenizer))
   # ---- programs ----------------------------------------------------------------------------------
-  step_fn = make_step(c, device_mesh)
-  nats = evaluation.make_nats(c, device_mesh)
+  step_fn = processes.compile_together('step', make_step(c, device_mesh))
+  nats = processes.compile_together('evaluation', evaluation.make_nats(c, device_mesh))
 
   def score(s: state.State) -> evaluation.Evaluation:
     weights = s['params'], s['router_bias']

@@ -115,9 +115,9 @@ def test_kernels_import_only_jax_numpy_einops_and_compat(path):
   assert inside <= {'kernels', 'compat'}
 
 
-def test_only_the_checkpoints_import_orbax():
+def test_only_the_checkpoints_and_what_waits_for_all_processes_import_orbax():
   found = [named(path) for path in FILES if 'orbax' in packages(path)]
-  assert found == ['dsv3_jax/training/checkpoint.py']
+  assert found == ['dsv3_jax/processes.py', 'dsv3_jax/training/checkpoint.py']
 
 
 WITHOUT_JAX = {'config', 'counts', 'flags', 'hyper', 'data', 'report', 'codesign'}
