@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config, console, mesh, runtime
 from dsv3_jax.codesign.branches import Branches
@@ -63,9 +62,7 @@ def make_branches(
       branches.append(y_YBLD)
     return jnp.concatenate(branches)
 
-  specs = P(), P(mesh.TOKENS)
-  out_specs = P(None, mesh.TOKENS)
-  return jax.jit(jax.shard_map(run, mesh=device_mesh, in_specs=specs, out_specs=out_specs))
+  return reading.by_layer(device_mesh, run)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

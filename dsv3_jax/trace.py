@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config, console, mesh, runtime
 from dsv3_jax.model.transformer import Transformer
@@ -77,9 +76,7 @@ def make_choices(
     _, routing_Y = model.hidden(c, model.embed(c, tokens_BL))
     return routing_Y.ids_BLK
 
-  specs = P(), P(mesh.TOKENS)
-  out_specs = P(None, mesh.TOKENS)
-  return jax.jit(jax.shard_map(run, mesh=device_mesh, in_specs=specs, out_specs=out_specs))
+  return reading.by_layer(device_mesh, run)
 
 
 # ---- arguments -----------------------------------------------------------------------------------

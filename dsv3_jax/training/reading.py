@@ -2,9 +2,13 @@
 
 import argparse
 import pathlib
+from collections.abc import Callable
 
+import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from dsv3_jax import mesh
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data import batches, corpora, packing
 from dsv3_jax.training import workdir
@@ -35,6 +39,15 @@ def rows(loaded: workdir.Loaded, text: str | None, most: int) -> tuple[np.ndarra
 def _first(tokens_BX: np.ndarray, weight_BL: np.ndarray, most: int) -> tuple[np.ndarray, int]:
   tokens = min(int(weight_BL.sum()), most)
   return tokens_BX[: -(-tokens // weight_BL.shape[1])], tokens
+
+
+def by_layer(
+  device_mesh: jax.sharding.Mesh, run: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+  """Jitted `run(model on one device, int32 tokens [B, L]) -> [Y, B, ..]`, on rows split over the mesh."""
+  rows, layers = P(mesh.TOKENS), P(None, mesh.TOKENS)
+  mapped = jax.shard_map(run, mesh=device_mesh, in_specs=(P(), rows), out_specs=layers)
+  return jax.jit(mapped)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, out: str, tokens: int) -> None:
