@@ -9,27 +9,21 @@ A process killed while it saves leaves a temporary folder, which nobody reads an
 first save removes. Each process writes and reads only the parts its devices hold, so a state saved
 on one mesh returns on any other, and no device or host ever sees all of it.
 
-Damage. `restore` falls back to the newest checkpoint that is whole. OCDBT checks its index but not
-the array chunks behind it: a flipped byte in a large leaf came back as a silently different number.
-TensorStore can checksum chunks, Orbax has no option for it, so `_with_checksums` adds the codec to
-the metadata Orbax builds. Cost: 4 bytes a chunk and a CRC in TensorStore's own threads; nothing on
-the devices, nothing that depends on the mesh. (A digest computed on the devices took four seconds to
-compile for the 160 leaves of a model.) What flips before a chunk is encoded is not seen here.
+Damage. `restore` falls back to the newest checkpoint that is whole. Every chunk has a checksum, and every
+fault ends all reads and writes, by `orbax_repairs`.
 
 Reading changes nothing on disk: another program may restore from a directory that a run writes to.
-This is the only module that imports Orbax. It does not decide when to save.
+Beside those repairs, this is the only module that imports Orbax. It does not decide when to save.
 """
 
-import asyncio
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import re
 import threading
 import zlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,10 +31,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint._src import asyncio_utils
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from dsv3_jax import config
+from dsv3_jax.training import orbax_repairs  # noqa: F401 (importing it makes them)
 
 _log = logging.getLogger(__name__)
 _LEFTOVER = re.compile(r'\d+\.(orbax-checkpoint-tmp|deleted).*')  # of a process that was killed
@@ -384,49 +377,3 @@ def _is_worth_showing(record: logging.LogRecord) -> bool:
   """Orbax narrates each save at INFO, and prints the traceback of what it raises to us anyway."""
   is_orbax = '/orbax/checkpoint/' in record.pathname.replace('\\', '/')
   return not (is_orbax and (record.levelno <= logging.INFO or record.exc_info))
-
-
-# ---- two repairs of Orbax ----------------------------------------------------------------------------
-# Both replace private names, for the whole process because Orbax's background threads look them up.
-# Were one to move, the import fails; were one to lose its effect, the tests of damage and of the full
-# disk do.
-
-
-def _with_checksums(build: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-  """The builder of Zarr 3 metadata, with a CRC-32C behind the compression of every chunk."""
-
-  @functools.wraps(build)
-  def built(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    metadata = build(*args, **kwargs)
-    chunk_codecs = metadata['codecs'][0]['configuration']['codecs']
-    if {'name': 'crc32c'} not in chunk_codecs:
-      chunk_codecs.append({'name': 'crc32c'})
-    return metadata
-
-  return built
-
-
-def _to_the_end(run: Callable[[Coroutine], Any]) -> Callable[[Coroutine], Any]:
-  """The runner of coroutines, except that after a fault the reads or writes under way end first.
-
-  Left as it is, the event loop closes under them: each then prints a traceback of its own, and writes
-  go on into a folder that is being removed.
-  """
-
-  async def whole(task: Coroutine) -> Any:
-    try:
-      return await task
-    except Exception:
-      rest = asyncio.all_tasks() - {asyncio.current_task()}
-      await asyncio.gather(*rest, return_exceptions=True)
-      raise
-
-  @functools.wraps(run)
-  def ran(task: Coroutine) -> Any:
-    return run(whole(task))
-
-  return ran
-
-
-tensorstore_utils._build_zarr3_metadata = _with_checksums(tensorstore_utils._build_zarr3_metadata)
-asyncio_utils._run_sync_via_new_loop = _to_the_end(asyncio_utils._run_sync_via_new_loop)
