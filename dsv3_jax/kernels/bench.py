@@ -208,7 +208,8 @@ def times(quick: bool) -> Iterator[Row]:
 def beside_plain_dots(quick: bool) -> Iterator[Row]:
   """XLA's products of codes on this machine, as multiples of a float32 dot of the same size; quantising apart.
 
-  Runs take turns, so that what else the machine does falls on all of them; medians.
+  Runs take turns, and the least times count: what else the machine does only adds to them. On a busy one
+  `cpu_times_dot`, of the seconds that its processors worked for this, is the steadier figure.
   """
   by_xla = lambda op, **how: jax.jit(functools.partial(op, implementation='xla', **how))
   plain = jax.jit(functools.partial(jnp.einsum, 'MK,NK->MN'))
@@ -228,16 +229,19 @@ def beside_plain_dots(quick: bool) -> Iterator[Row]:
       'quantize_blocks': (by_xla(quantize_blocks), (w,)),
     }
     found = {name: [] for name in runs}
-    for i in range(2 if quick else 6):
+    for i in range(2 if quick else 30 if M * N * K < 1e10 else 8):
       for name, (run, arrays) in runs.items():
-        start = time.perf_counter()
+        before = time.perf_counter(), time.process_time()
         jax.block_until_ready(run(*arrays))
+        after = time.perf_counter(), time.process_time()
         if i:  # the first compiles
-          found[name].append(time.perf_counter() - start)
-    seconds = {name: statistics.median(each) for name, each in found.items()}
+          found[name].append([b - a for a, b in zip(before, after, strict=True)])
+    least = {name: np.min(each, axis=0) for name, each in found.items()}
     for name in list(runs)[1:]:
-      row = {'op': name, 'M': M, 'N': N, 'K': K, 'us': 1e6 * seconds[name]}
-      yield row | {'dot_us': 1e6 * seconds['dot'], 'times_dot': seconds[name] / seconds['dot']}
+      wall, cpu = (float(x) for x in least[name] / least['dot'])
+      row = {'op': name, 'M': M, 'N': N, 'K': K, 'us': 1e6 * float(least[name][0])}
+      row |= {'dot_us': 1e6 * float(least['dot'][0])}
+      yield row | {'times_dot': wall, 'cpu_times_dot': cpu}
 
 
 def tune(quick: bool) -> None:

@@ -105,14 +105,17 @@ def test_an_fp8_entry_of_deepseek_v3_has_656_bytes_and_the_layout_of_flashmla():
   )
 
 
-def test_attention_reads_fp8_pages():
-  q, pages, table = _case()
-  packed = pack(jnp.asarray(pages[..., :_C]), jnp.asarray(pages[..., _C:]), jnp.dtype(jnp.uint8))
-  same = np.asarray(unpack(packed, _C, jnp.dtype(jnp.float32)))
-  out, lse = _run(q, packed, table, _POSITIONS, rank=_C, scale=_SCALE)
-  expected = _run(q, same, table, _POSITIONS, rank=_C, scale=_SCALE)
-  np.testing.assert_allclose(out, expected[0], rtol=1e-5, atol=1e-6)
-  np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
+@pytest.mark.parametrize('implementation', ['xla', 'pallas_tpu'])
+def test_attention_reads_fp8_pages(implementation):
+  rng = np.random.default_rng(2)
+  q = rng.normal(size=(len(_POSITIONS), _L, _N, 256 + 16)).astype(np.float32)
+  pages = jnp.asarray(rng.normal(size=(_PAGES, PAGE, 256 + 16)), jnp.float32)
+  packed = pack(pages[..., :256], pages[..., 256:], jnp.dtype(jnp.uint8))
+  same = np.asarray(unpack(packed, 256, jnp.dtype(jnp.float32)))
+  table, how = _case()[2], {'rank': 256, 'scale': 0.1}
+  got = _run(q, packed, table, _POSITIONS, **how, implementation=implementation)
+  for x, expected in zip(got, _numpy(q, same, table, **how), strict=True):
+    np.testing.assert_allclose(x, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_what_cannot_serve_is_named():
@@ -128,12 +131,17 @@ def test_what_cannot_serve_is_named():
   with pytest.raises(ValueError, match=r'must be of 5 rows of 2 queries'):
     mla_decode(q, pages, table, _POSITIONS[:, :1], rank=_C, scale=1.0)
   packed = pack(jnp.asarray(pages[..., :_C]), jnp.asarray(pages[..., _C:]), jnp.dtype(jnp.uint8))
-  with pytest.raises(ValueError, match=r"'pallas_tpu' cannot serve: pages are uint8, .*'xla' can"):
+  with pytest.raises(ValueError, match=r"'pallas_tpu' cannot serve: FP8 latents of 16 .*'xla' can"):
     mla_decode(q, packed, table, _POSITIONS, rank=_C, scale=1.0, implementation='pallas_tpu')
   with pytest.raises(
     ValueError, match="'mosaic_gpu' cannot serve: queries are float32, the kernel"
   ):
     mla_decode(q, pages, table, _POSITIONS, rank=_C, scale=1.0, implementation='mosaic_gpu')
+  with pytest.raises(
+    ValueError, match='pages are bfloat16, queries float32: the kernel reads both'
+  ):
+    half = jnp.asarray(pages, jnp.bfloat16)
+    mla_decode(q, half, table, _POSITIONS, rank=_C, scale=1.0, implementation='pallas_tpu')
   q, pages = (jnp.asarray(x, jnp.bfloat16) for x in (q, pages))
   with pytest.raises(
     ValueError, match=r'entries have 16 \+ 4 numbers, the kernel takes a multiple'

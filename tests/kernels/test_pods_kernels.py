@@ -46,12 +46,12 @@ def _blocks(*shape: int):
   return (shape, _E4M3), ((*shape[:-2], n, k), _F32)
 
 
-def _attention(rows: int, queries: int, heads: int, pages: int):
-  """Queries over 1,000 pages of V3's cache in BF16."""
+def _attention(rows: int, queries: int, heads: int, pages: int, entry=(576, _BF16)):
+  """Queries over 1,000 pages of V3's cache."""
   return (
     functools.partial(mla_decode, rank=512, scale=0.1),
     ((rows, queries, heads, 576), _BF16),
-    ((1000, 64, 576), _BF16),
+    ((1000, 64, entry[0]), entry[1]),
     ((rows, pages), _I32),
     ((rows, queries), _I32),
   )
@@ -88,6 +88,7 @@ _CASES = {
     *[((4096, 56), _BF16)] * 2,
   ),
   'mla_decode': _attention(128, 1, 128, 512),
+  'mla_decode, cache in FP8': _attention(128, 1, 128, 512, (656, 'uint8')),
   'mla_decode, drafts, few heads': _attention(9, 3, 16, 5),
   'mla_decode, chunk of a prompt': _attention(1, 200, 128, 2048),
   'fp8_matmul': (fp8_matmul, *_tiles(4096, 7168), *_blocks(4096, 7168)),

@@ -3,6 +3,9 @@
 The table lies in SMEM. While a chunk of pages is multiplied, the next is copied page by page into the other
 of two buffers; the loop ends behind the block's last position, so that time follows the length of each row
 and pages behind it are never read. The softmax runs over chunks in FP32.
+
+Bytes of an FP8 entry that make one number lie in neighbouring lanes, which nothing on the chip brings
+together but the matrix unit: a product with a matrix of ones and zeros, exact for bytes, takes them apart.
 """
 
 import functools
@@ -13,8 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels import tpu
+from dsv3_jax.kernels import tiles, tpu
 from dsv3_jax.kernels.mla_decode.entries import PAGE
+from dsv3_jax.kernels.quantize import xla as quantize
 
 _ROWS = 256  # of queries x heads in a block
 _PAGES = 8  # of a chunk
@@ -22,12 +26,21 @@ _FAR = -1e30  # finite: exp(-inf - -inf) would be NaN
 
 
 def supports(
-  function: str, q_BLNX: jax.Array, pages_PMX: jax.Array, *rest: object, **options: object
+  function: str,
+  q_BLNX: jax.Array,
+  pages_PMX: jax.Array,
+  *rest: object,
+  rank: int,
+  **options: object,
 ) -> str | None:
-  if pages_PMX.dtype != q_BLNX.dtype:
-    return f'pages are {pages_PMX.dtype}, queries {q_BLNX.dtype}: the kernel reads both alike'
   if q_BLNX.dtype not in (jnp.bfloat16, jnp.float32):
     return f'queries are {q_BLNX.dtype}, the kernel reads bfloat16 and float32'
+  if pages_PMX.dtype not in (q_BLNX.dtype, jnp.uint8):
+    return (
+      f'pages are {pages_PMX.dtype}, queries {q_BLNX.dtype}: the kernel reads both alike, or FP8'
+    )
+  if pages_PMX.dtype == jnp.uint8 and rank % tiles.TILE:
+    return f'FP8 latents of {rank} numbers: the kernel takes multiples of {tiles.TILE}'
   return tpu.supports(function)
 
 
@@ -66,11 +79,11 @@ def mla_decode(
     [((B, Z, rank), q_BLNX.dtype), ((B, 1, Z), jnp.float32)],
     [row_spec(rank), lane_spec],
     flops=2 * B * Z * J * PAGE * (X + rank),
-    moved=q_BLNX.nbytes + B * blocks * J * PAGE * X * q_BLNX.dtype.itemsize,
+    moved=2 * q_BLNX.nbytes + B * blocks * J * pages_PMX[0].nbytes,
     order='pp',
     prefetch=1,
     scratch=[
-      pltpu.VMEM((2, pages, PAGE, X), q_BLNX.dtype),
+      pltpu.VMEM((2, pages, *pages_PMX.shape[1:]), pages_PMX.dtype),
       pltpu.VMEM((rows, rank), jnp.float32),
       pltpu.VMEM((rows, 1), jnp.float32),
       pltpu.VMEM((rows, 1), jnp.float32),
@@ -98,7 +111,7 @@ def _mla_decode_kernel(
   scale,
 ):
   last = last_ref[pl.program_id(0), pl.program_id(1)]
-  _, pages, _, X = chunk_ref.shape
+  _, pages, _, size = chunk_ref.shape
   count = lax.div(last + PAGE, PAGE)
   chunks = lax.div(count + (pages - 1), pages)
   acc_ref[...] = jnp.zeros_like(acc_ref)
@@ -134,12 +147,12 @@ def _mla_decode_kernel(
     # Zero times what stands behind the last entry must be zero, whoever wrote it before.
     @pl.when(i + 1 == chunks)
     def _():
-      shape = pages, PAGE, X
+      shape = pages, PAGE, size
       entry = lax.broadcasted_iota(jnp.int32, shape, 0) * PAGE
       entry += lax.broadcasted_iota(jnp.int32, shape, 1) + first
       entries[...] = jnp.where(entry <= last, entries[...], jnp.zeros(shape, entries.dtype))
 
-    key_MX = entries[...].reshape(pages * PAGE, X)
+    key_MX = _numbers(entries[...].reshape(pages * PAGE, size), rank, q_ref.dtype)
     score_RM = _dot(q_ref[...], key_MX, (1, 1), exact) * scale
     entry_RM = lax.broadcasted_iota(jnp.int32, score_RM.shape, 1) + first
     seen_RM = entry_RM <= position_R1
@@ -158,6 +171,35 @@ def _mla_decode_kernel(
   out_ref[...] = (acc_ref[...] / jnp.where(seen_R1, sum_R1, 1)).astype(out_ref.dtype)
   lse_R1 = jnp.where(seen_R1, max_ref[...] + jnp.log(sum_R1), -jnp.inf)
   lse_ref[...] = lse_R1.T
+
+
+def _numbers(entry_MY: jax.Array, rank: int, dtype: jnp.dtype) -> jax.Array:
+  """As `entries.unpack`."""
+  if entry_MY.dtype != jnp.uint8:
+    return entry_MY
+  S = rank // tiles.TILE
+  R = (entry_MY.shape[1] - rank - 4 * S) // 2
+  byte_MY = entry_MY[:, rank:].astype(jnp.int32).astype(jnp.float32).astype(jnp.bfloat16)
+
+  def byte(k: int) -> jax.Array:
+    """The k-th of every number, int32 [M, R + S]; of those of the key there are two."""
+    source, number = (
+      lax.broadcasted_iota(jnp.int32, (byte_MY.shape[1], R + S), axis) for axis in (0, 1)
+    )
+    place = jnp.where(number < R, 4 * S + 2 * number, 4 * (number - R)) + k
+    chosen = (source == place).astype(jnp.float32).astype(jnp.bfloat16)
+    return _dot(byte_MY, chosen, (1, 0), None).astype(jnp.int32)
+
+  half_MZ = byte(0) | (byte(1) << 8)
+  upper_MS = (byte(2) | (byte(3) << 8))[:, R:]
+  k_rope_MR = tiles.number(half_MZ[:, :R] << 16)
+  scale_MS = tiles.number(half_MZ[:, R:] | (upper_MS << 16))
+  codes_MC = lax.bitcast_convert_type(entry_MY[:, :rank], jnp.float8_e4m3fn)
+  parts = [
+    quantize.values(codes_MC[:, at]) * scale_MS[:, t : t + 1]
+    for t, at in enumerate(tpu.lanes(rank))
+  ]
+  return jnp.concatenate([*parts, k_rope_MR], axis=1).astype(dtype)
 
 
 def _dot(a, b, axes: tuple[int, int], precision: lax.Precision | None) -> jax.Array:
