@@ -39,7 +39,8 @@ class Program:
 class Written:
   """What a program says that one device does.
 
-  Not in `flops`: products of experts, which rows decide, and of paged attention, which contexts decide.
+  Not in `flops`: products of experts, which rows decide, of paged attention, which contexts decide, and
+  of kernels, FP8's on chips, of which only the call is written here.
   """
 
   flops: float
@@ -124,7 +125,7 @@ def _equations(jaxpr: Any, times: int, outermost: int) -> Iterator[tuple[Any, in
     elif name == 'while':
       inside, rest = times * outermost, 0
     bodies = list(_bodies(equation))
-    if not bodies or not inside:
+    if not bodies or not inside or name == 'pallas_call':
       yield equation, times
     elif name == 'cond':
       # Branches that stand for one another move the same; the first is counted.

@@ -18,9 +18,7 @@ from typing import Any
 import jax
 
 NAMES = ('reference', 'xla', 'mosaic_gpu', 'pallas_tpu')
-# Those of TPUs run where they are named: each compiles, but a small train step made of some five hundred
-# calls of them was not through the compiler in ten minutes.
-_OF_CHIP = {'gpu': 'mosaic_gpu', 'cuda': 'mosaic_gpu'}
+_OF_CHIP = {'gpu': 'mosaic_gpu', 'cuda': 'mosaic_gpu', 'tpu': 'pallas_tpu'}
 
 
 def run(

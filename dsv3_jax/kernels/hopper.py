@@ -28,6 +28,7 @@ AVAILABLE = tuple(map(int, jax.__version__.split('.')[:2])) >= (0, 11)
 _interpreted = contextvars.ContextVar('interpreted', default=False)
 
 if AVAILABLE:
+  import jax.experimental.pallas as pl
   import jax.experimental.pallas.mosaic_gpu as plgpu
 
   MATRIX = plgpu.Layout.WGMMA  # how a warpgroup holds a matrix, and a vector of its rows or columns
@@ -118,6 +119,17 @@ def own_share(total: Any, body: Callable[[jax.Array, Any], Any], init: Any) -> A
   first = lax.axis_index('block')
   count = lax.div(total - first + (grid - 1), jnp.int32(grid))
   return lax.fori_loop(0, count, lambda i, carry: body(first + i * grid, carry), init)
+
+
+def add_product(sum_MN: jax.Array, a_MK: jax.Array, b_KN: Any) -> jax.Array:
+  """sum + a b in the tensor core's accumulator; `a_MK` in registers, `b_KN` in shared memory.
+
+  The interpreter has neither accumulators with a start nor operands in registers, and is given the sum.
+  """
+  if _interpreted.get():
+    b_KN = plgpu.load(b_KN)
+    return sum_MN + jnp.dot(a_MK, b_KN, preferred_element_type=jnp.float32)
+  return pl.run_state(lambda acc: plgpu.wgmma(acc, a_MK, b_KN))(plgpu.ACC.init(sum_MN))
 
 
 def rows(x_M: jax.Array, shape: tuple[int, int]) -> jax.Array:

@@ -53,6 +53,11 @@ def join_blocks(w: jax.Array, shape: tuple[int, int]) -> jax.Array:
   return w.reshape(*lead, rows * TILE, columns * TILE)[..., : shape[0], : shape[1]]
 
 
+def moved(move: Callable[[jax.Array], jax.Array], codes: jax.Array) -> jax.Array:
+  """`move(codes)` for slices of FP8, on their bytes: XLA:CPU would take the whole array to float16 first."""
+  return lax.bitcast_convert_type(move(lax.bitcast_convert_type(codes, jnp.uint8)), codes.dtype)
+
+
 def bits(x: jax.Array) -> jax.Array:
   """The int32 that holds a float32."""
   return lax.bitcast_convert_type(x, jnp.int32)

@@ -83,6 +83,7 @@ def call(
   *,
   flops: int,
   order: str,
+  moved: int | None = None,
   prefetch: int = 0,
   scratch: Sequence[Any] = (),
   aliases: dict[int, int] | None = None,
@@ -90,13 +91,14 @@ def call(
   """`pl.pallas_call` under a manual shard_map as well: outputs vary over the mesh wherever operands do.
 
   `order`: a letter per axis of the grid, 'p' for any order, 'a' for one after another. `prefetch`: so many
-  of the operands are integers that the index maps read. `aliases`: operand -> output in its place.
+  of the operands are integers that the index maps read. `aliases`: operand -> output in its place. `moved`:
+  bytes, where it is not all of the operands and outputs once.
   """
   operands = compat.vary_like(tuple(operands), *operands)
   varying = jax.typeof(operands[0]).manual_axis_type
   shapes = [jax.ShapeDtypeStruct(s, dtype, manual_axis_type=varying) for s, dtype in outputs]
   size = lambda x: math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
-  moved = sum(map(size, operands)) + sum(map(size, shapes))
+  moved = moved or sum(map(size, operands)) + sum(map(size, shapes))
   compiled = choice.platform() == 'tpu'
   return pl.pallas_call(
     kernel,

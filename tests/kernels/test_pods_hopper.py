@@ -16,6 +16,7 @@ from dsv3_jax.kernels.fp8_matmul import fp8_matmul
 from dsv3_jax.kernels.fp8_wgrad import fp8_wgrad
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul, masked_matmul
 from dsv3_jax.kernels.grouped_wgrad import grouped_wgrad
+from dsv3_jax.kernels.mla_decode import mla_decode
 from dsv3_jax.kernels.quantize import (
   quantize_blocks,
   quantize_tiles,
@@ -103,6 +104,21 @@ def test_a_product_has_fp8_tensor_cores_and_no_spills(op, shapes, options, compi
     ptx, report = compiled(op, *shapes, **options)
   _assert_no_spills(report)
   assert re.search(r'wgmma\.mma_async\.\S*\.f32\.e4m3\.e4m3', ptx)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'queries', 'heads', 'pages'),
+  [(128, 1, 128, 512), (8, 3, 16, 5), (1, 200, 128, 2048)],
+  ids=['a page of rows', 'drafts, pages split', 'a chunk of a prompt'],
+)
+def test_attention_over_pages_has_tensor_cores_and_no_spills(rows, queries, heads, pages, compiled):
+  attend = lambda *x: mla_decode(*x, rank=512, scale=0.1)
+  q, cache = ((rows, queries, heads, 576), BF16), ((1000, 64, 576), BF16)
+  ptx, report = compiled(attend, q, cache, ((rows, pages), I32), ((rows, queries), I32))
+  _assert_no_spills(report)
+  of_width = lambda n: rf'wgmma\.mma_async\.\S*\.m64n{n}k16\.f32\.bf16\.bf16'
+  assert len(re.findall(of_width(64), ptx)) == 576 // 16
+  assert len(re.findall(of_width(256), ptx)) == 64 // 16
 
 
 _ROWS = (4096, 2048), BF16

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax import pods
+from dsv3_jax import config, lowering, pods
 from dsv3_jax.kernels import choice, e5m6, logfmt
 from dsv3_jax.kernels.fp8_matmul import fp8_matmul
 from dsv3_jax.kernels.fp8_wgrad import fp8_wgrad
 from dsv3_jax.kernels.grouped_matmul import grouped_matmul, masked_matmul
 from dsv3_jax.kernels.grouped_wgrad import grouped_wgrad
+from dsv3_jax.kernels.mla_decode import mla_decode
 from dsv3_jax.kernels.quantize import (
   quantize_blocks,
   quantize_tiles,
@@ -42,6 +44,17 @@ def _tiles(*shape: int):
 def _blocks(*shape: int):
   n, k = (-(-size // 128) for size in shape[-2:])
   return (shape, _E4M3), ((*shape[:-2], n, k), _F32)
+
+
+def _attention(rows: int, queries: int, heads: int, pages: int, entry=(576, _BF16)):
+  """Queries over 1,000 pages of V3's cache."""
+  return (
+    functools.partial(mla_decode, rank=512, scale=0.1),
+    ((rows, queries, heads, 576), _BF16),
+    ((1000, 64, entry[0]), entry[1]),
+    ((rows, pages), _I32),
+    ((rows, queries), _I32),
+  )
 
 
 _SIZES_E = ((_EXPERTS,), _I32)
@@ -74,6 +87,10 @@ _CASES = {
     ((4096, 7168), 'uint16'),
     *[((4096, 56), _BF16)] * 2,
   ),
+  'mla_decode': _attention(128, 1, 128, 512),
+  'mla_decode, cache in FP8': _attention(128, 1, 128, 512, (656, 'uint8')),
+  'mla_decode, drafts, few heads': _attention(9, 3, 16, 5),
+  'mla_decode, chunk of a prompt': _attention(1, 200, 128, 2048),
   'fp8_matmul': (fp8_matmul, *_tiles(4096, 7168), *_blocks(4096, 7168)),
   'fp8_matmul, ragged': (fp8_matmul, *_tiles(1000, 2112), *_blocks(7168, 2112)),
   'fp8_matmul, ragged columns': (fp8_matmul, *_tiles(64, 7168), *_blocks(2112, 7168)),
@@ -125,8 +142,7 @@ def _mesh(target: str) -> Mesh:
 
 @pytest.mark.parametrize('case', _CASES)
 @pytest.mark.parametrize('target', ['v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
-def test_kernel_compiles_with_replication_checked(target, case, monkeypatch):
-  monkeypatch.setitem(choice._OF_CHIP, 'tpu', 'pallas_tpu')
+def test_kernel_compiles_with_replication_checked(target, case):
   function, *arguments = _CASES[case]
   mesh, platforms = _mesh(target), set()
 
@@ -141,3 +157,17 @@ def test_kernel_compiles_with_replication_checked(target, case, monkeypatch):
   program = pods.compile(step.lower(*[shape(*x) for x in arguments]), target)
   assert platforms == {'tpu'}
   assert 'custom_call_target="tpu_custom_call"' in program.as_text()
+
+
+def test_an_fp8_train_step_on_a_mesh_is_made_of_these_kernels_and_compiles_for_v5p():
+  c = config.debug(config.default())
+  c.update_from_flattened_dict({'model.precision': 'fp8', 'mesh.node': 2, 'mesh.local': 4})
+  c = config.freeze(c)
+  lowered = lowering.train(c, pods.make_mesh(c.mesh, 'v5p:2x2x2')).traced.lower()
+  named = set(re.findall(r'kernel_name = "(\w+)"', lowered.as_text()))
+  expected = {
+    'dense_kernel', 'grouped_kernel', 'columns_kernel', 'tiles_kernel', 'blocks_kernel',
+    'transposed_kernel', 'forward_kernel', 'backward_kernel',  # the last two of SwiGLU
+  }  # fmt: skip
+  assert named >= expected, expected - named
+  assert 'tpu_custom_call' in pods.compile(lowered, 'v5p:2x2x2').as_text()

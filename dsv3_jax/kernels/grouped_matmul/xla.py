@@ -39,11 +39,11 @@ def grouped_matmul(
   start_E = aligned_starts(group_sizes_E)
 
   def expert(e: jax.Array, out_SN: jax.Array) -> jax.Array:
-    b_NK = dequantize_blocks(at(b_ENK, e), at(b_scale_Ens, e), jnp.float32)
+    b_NK = _weight(b_ENK, b_scale_Ens, e)
 
     def block(out_SN: jax.Array, slot: jax.Array, rows: int) -> jax.Array:
       cut = lambda x: lax.dynamic_slice_in_dim(x, slot, rows)
-      a_bK = dequantize_tiles(cut(a_SK), cut(a_scale_SS), jnp.float32)
+      a_bK = dequantize_tiles(tiles.moved(cut, a_SK), cut(a_scale_SS), jnp.float32)
       out_bN = dot(a_bK, b_NK).astype(out_dtype)
       return lax.dynamic_update_slice_in_dim(out_SN, out_bN, slot, 0)
 
@@ -69,12 +69,12 @@ def masked_matmul(
   shape = E, padded, b_ENK.shape[1]
 
   def expert(e: jax.Array, out_EMN: jax.Array) -> jax.Array:
-    b_NK = dequantize_blocks(at(b_ENK, e), at(b_scale_Ens, e), jnp.float32)
-    rows_MK, scale_MS = at(a_EMK, e), at(a_scale_EMS, e)
+    b_NK = _weight(b_ENK, b_scale_Ens, e)
+    rows_MK, scale_MS = tiles.moved(lambda x: at(x, e), a_EMK), at(a_scale_EMS, e)
 
     def block(out_EMN: jax.Array, slot: jax.Array, rows: int) -> jax.Array:
       cut = lambda x: lax.dynamic_slice_in_dim(x, slot, rows)
-      a_bK = dequantize_tiles(cut(rows_MK), cut(scale_MS), jnp.float32)
+      a_bK = dequantize_tiles(tiles.moved(cut, rows_MK), cut(scale_MS), jnp.float32)
       mine_b = slot + jnp.arange(rows, dtype=jnp.int32) < sizes_E[e]
       out_bN = jnp.where(mine_b[:, None], jnp.einsum('bK,NK->bN', a_bK, b_NK), 0)
       return lax.dynamic_update_slice(out_EMN, out_bN.astype(out_dtype)[None], (e, slot, 0))
@@ -93,13 +93,26 @@ def walk(
   carry: Any,
 ) -> Any:
   """carry = block(carry, slot, rows) over `size` rows from `start`; slots are multiples of 128."""
+
+  def times(count: jax.Array, first: jax.Array, rows: int, carry: Any) -> Any:
+    if (
+      rows == slots
+    ):  # XLA would see one block of all slots, and take it out of a loop of no rounds
+      return lax.cond(count > 0, lambda x: block(x, first, rows), lambda x: x, carry)
+    return lax.fori_loop(0, count, lambda i, x: block(x, first + i * rows, rows), carry)
+
   large = size // _LARGE if slots >= _LARGE else jnp.zeros_like(size)
   if slots >= _LARGE:
-    carry = lax.fori_loop(0, large, lambda i, x: block(x, start + i * _LARGE, _LARGE), carry)
-  rest = start + large * _LARGE
-  count = (size - large * _LARGE + (tiles.TILE - 1)) // tiles.TILE
-  return lax.fori_loop(0, count, lambda i, x: block(x, rest + i * tiles.TILE, tiles.TILE), carry)
+    carry = times(large, start, _LARGE, carry)
+  rest = size - large * _LARGE
+  count = (rest + (tiles.TILE - 1)) // tiles.TILE
+  return times(count, start + large * _LARGE, tiles.TILE, carry)
 
 
 def at(x_EXY: jax.Array, e: jax.Array) -> jax.Array:
   return lax.dynamic_index_in_dim(x_EXY, e, keepdims=False)
+
+
+def _weight(b_ENK: jax.Array, b_scale_Ens: jax.Array, e: jax.Array) -> jax.Array:
+  codes_NK = tiles.moved(lambda x: at(x, e), b_ENK)
+  return dequantize_blocks(codes_NK, at(b_scale_Ens, e), jnp.float32)

@@ -31,7 +31,8 @@ def grouped_wgrad(
     def block(out_MN: jax.Array, slot: jax.Array, columns: int) -> jax.Array:
       def cut(x_XS: jax.Array, scale_Xs: jax.Array) -> jax.Array:
         tile, count = slot // tiles.TILE, columns // tiles.TILE
-        codes_Xb = lax.dynamic_slice_in_dim(x_XS, slot, columns, axis=1)
+        of_block = lambda x: lax.dynamic_slice_in_dim(x, slot, columns, axis=1)
+        codes_Xb = tiles.moved(of_block, x_XS)
         scale_Xb = lax.dynamic_slice_in_dim(scale_Xs, tile, count, axis=1)
         return dequantize_tiles(codes_Xb, scale_Xb, jnp.float32)
 

@@ -1,10 +1,10 @@
-"""Public function of absorbed attention over pages, and its reference."""
+"""Public function of absorbed attention over pages."""
 
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.mla_decode import xla
-from dsv3_jax.kernels.mla_decode.entries import PAGE, unpack
+from dsv3_jax.kernels import choice
+from dsv3_jax.kernels.mla_decode.entries import PAGE, entry_size
 
 
 def mla_decode(
@@ -15,7 +15,7 @@ def mla_decode(
   *,
   rank: int,
   scale: float,
-  implementation: str = 'xla',
+  implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of absorbed queries over latent entries, one key head for all -> (out, lse).
 
@@ -25,30 +25,22 @@ def mla_decode(
 
   `q_BLNX`: per head the query moved into the latent space (`rank` numbers), then the rotated one.
   `pages_PMX`: pages of 64 entries, `entries.pack`. `table_BJ`: int32, entry m of row b lies in page
-  table[b, m // 64] at m % 64; what lies behind the row's last position
-  changes nothing, be it NaN. A row's bits depend on
-  nothing but its own queries and entries, whatever else is in the batch. `implementation`: 'xla' (memory
-  O(B L N), time by the longest row) or 'reference' (gathers the whole table). Not differentiable.
+  table[b, m // 64] at m % 64; what lies behind the row's last position changes nothing, be it NaN. A
+  row's bits depend on nothing but its own queries and entries, whatever else is in the batch.
+  `implementation`: see `kernels.choice`; 'xla' takes memory O(B L N) and time by the longest row, the
+  chips' own time by each row's length, 'reference' gathers the whole table. Not differentiable.
   """
+  (B, L, _, X), rows = q_BLNX.shape, table_BJ.shape[0]
   if pages_PMX.shape[1] != PAGE:
     raise ValueError(f'pages of {pages_PMX.shape[1]} entries: must be {PAGE}')
-  if implementation == 'reference':
-    return _reference(q_BLNX, pages_PMX, table_BJ, positions_BL, rank, scale)
-  if implementation != 'xla':
-    raise ValueError(f"implementation = {implementation!r}: must be 'xla' or 'reference'")
-  return xla.attention(q_BLNX, pages_PMX, table_BJ, positions_BL, rank, scale)
-
-
-def _reference(q_BLNX, pages_PMX, table_BJ, positions_BL, rank, scale):
-  B, J = table_BJ.shape
-  entry_BMY = pages_PMX.at[table_BJ].get(mode='clip').reshape(B, J * PAGE, -1)
-  entry_M = jnp.arange(J * PAGE, dtype=jnp.int32)
-  written_BM = entry_M[None] <= jnp.max(positions_BL, axis=1, keepdims=True)
-  key_BMX = jnp.where(written_BM[..., None], unpack(entry_BMY, rank, q_BLNX.dtype), 0)
-  score_BLNM = jnp.einsum('BLNX,BMX->BLNM', q_BLNX, key_BMX, preferred_element_type=jnp.float32)
-  seen_BLM = entry_M[None, None] <= positions_BL[:, :, None]
-  score_BLNM = jnp.where(seen_BLM[:, :, None], score_BLNM * scale, -jnp.inf)
-  lse_BLN = jax.nn.logsumexp(score_BLNM, axis=3)
-  prob_BLNM = jnp.where(seen_BLM[:, :, None], jnp.exp(score_BLNM - lse_BLN[..., None]), 0)
-  latent_BMC = key_BMX[..., :rank]
-  return jnp.einsum('BLNM,BMC->BLNC', prob_BLNM.astype(q_BLNX.dtype), latent_BMC), lse_BLN
+  need = entry_size(rank, X - rank, fp8=True) if pages_PMX.dtype == jnp.uint8 else X
+  if pages_PMX.shape[2] != need:
+    raise ValueError(
+      f'pages {pages_PMX.dtype}{list(pages_PMX.shape)}: entries must have {need} for queries of {X}'
+    )
+  if rows != B or positions_BL.shape != (B, L):
+    raise ValueError(
+      f'table {table_BJ.shape} and positions {positions_BL.shape}: must be of {B} rows of {L} queries'
+    )
+  arrays = q_BLNX, pages_PMX, table_BJ, positions_BL
+  return choice.run('mla_decode', 'mla_decode', implementation, *arrays, rank=rank, scale=scale)

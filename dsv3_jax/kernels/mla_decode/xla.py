@@ -5,6 +5,7 @@ follows what is there and not what would fit. A block in which a row sees nothin
 one and adds zeros: the bits of a row do not change with the lengths of its neighbours.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -15,8 +16,15 @@ _PAGES = 4  # of a block: enough rows for a matmul, little waste behind a short 
 _FAR = -1e30  # finite: exp(-inf - -inf) would be NaN
 
 
-def attention(q_BLNX, pages_PMX, table_BJ, positions_BL, rank, scale):
-  """As `op.mla_decode`."""
+def mla_decode(
+  q_BLNX: jax.Array,
+  pages_PMX: jax.Array,
+  table_BJ: jax.Array,
+  positions_BL: jax.Array,
+  *,
+  rank: int,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
   B, L, N, X = q_BLNX.shape
   q_BZX = q_BLNX.reshape(B, L * N, X)
   pages = min(_PAGES, table_BJ.shape[1])
