@@ -16,15 +16,13 @@ which of the published rates and casts count was decided with it in sight: witho
 | exchange                              | 46 GB/s out in FP8, 45 back in BF16     | DeepEP's first README, 64 devices     |
 | NVLink, InfiniBand in sums of weights | achieved ones of `hardware.py`          | 2505.09343                            |
 | multiprocessors of an exchange        | 20 of 132, while one runs               | 2412.19437, 3.2.2                     |
-| passes over memory                    | each kernel reads inputs, writes result | 2412.19437, 3.3 (`_Block`)            |
+| passes over memory                    | each kernel reads inputs, writes result | 2412.19437, 3.3 (`layer_time`)        |
 | gradients of weights                  | FP32, read and written a micro-batch    | 2412.19437, 3.3.2                     |
 | FP8 weights                           | cast from BF16 at each use              | 2412.19437, Figure 6                  |
 
-Overlap (3.2.1, Figure 4): in a pair, FFNs of both stand beside dispatch of one and its mirror of the other,
-attentions beside the combines; a half takes the longer of the two. A forward or backward alone hides nothing.
-Layers are dealt by `pipeline.stages`, embedding in the first stage, head and MTP in the last: the report does
-not say how. Not in: gaps between kernels, uneven routing, slower memory beside an exchange, losses of blocks
-that are padded. All of these would add time.
+What stands beside an exchange is in `layer_time.py`. Layers are dealt by `pipeline.stages`, embedding in the
+first stage, head and MTP in the last: the report does not say how. Not in: gaps between kernels, uneven routing,
+slower memory beside an exchange, losses of blocks that are padded. All of these would add time.
 """
 
 import dataclasses
@@ -34,202 +32,12 @@ from collections.abc import Callable, Iterable
 from matplotlib.axes import Axes
 
 from dsv3_jax import config, counts
-from dsv3_jax.codesign import cost, models
-from dsv3_jax.codesign.expert_traffic import row_bytes
+from dsv3_jax.codesign import cost, layer_time, models
 from dsv3_jax.codesign.hardware import H800, Hardware
+from dsv3_jax.codesign.layer_time import PAPER, RATES, Block, Kernels, Rates, Run, block, pair
 from dsv3_jax.codesign.table import Chart, Row, Section, Table
 from dsv3_jax.parallel.pipeline import schedules, simulate, stages
 from dsv3_jax.parallel.pipeline.schedules import Item, Op
-
-# Bytes of a value: BF16; codes with an FP32 scale for 128; E5M6 with its scale, as attention's output is kept.
-_BF16, _FP8, _E5M6, _FP32 = 2.0, 1 + 4 / 128, 1.5 + 4 / 128, 4.0
-_LEFT = 112 / 132  # of the SMs, beside an exchange
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-  """What kernels reach. FLOP/s of FP8 matmuls are by what they multiply, the published shape beside each."""
-
-  latents: float = 1058e12  # 2112 x 7168
-  queries: float = 990e12  # 24576 x 1536
-  keys_values: float = 590e12  # 32768 x 512
-  out: float = 1358e12  # 7168 x 16384; the dense FFN's second matmul too, the nearest in depth
-  experts_up: float = 1297e12  # 4 groups of 8192, 4096 x 7168
-  experts_down: float = 1099e12  # 4 groups of 8192, 7168 x 2048
-  ffn_up: float = 1304e12  # 4096 x 7168
-  shared_down: float = 1025e12  # 7168 x 2048
-  bf16: float = 660e12
-  core_forward: float = 550e12 / _LEFT  # 0.69 TFLOP in 1.25 ms on the SMs that an exchange leaves
-  core_backward: float = 464e12 / _LEFT  # 1.72 TFLOP in 3.7 ms
-  clock: float = 865 / 990  # of matmul rates; the core's were taken under load
-  memory: float = 2668e9  # bytes/s
-  dispatch: float = 46 / 50  # of the slow links; counts a token's own node too
-  combine: float = 45 / 50
-  compute_sms: float = _LEFT  # beside an exchange
-  casts: float = 1.0  # of a weight from BF16, for each use
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """How a model is trained. `ep` devices share the experts, `local` of them a node."""
-
-  pipe: int = 16
-  replicas: int = 128
-  ep: int = 64
-  local: int = 8
-  sequences: int = 15_360
-  seq_len: int = 4096
-
-
-PAPER = Run()
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-  """Seconds of some kernels: multiplying on all SMs, and passing memory."""
-
-  matmul: float = 0.0
-  memory: float = 0.0
-
-  def __add__(self, other: 'Piece') -> 'Piece':
-    return Piece(self.matmul + other.matmul, self.memory + other.memory)
-
-  @property
-  def alone(self) -> float:
-    return self.matmul + self.memory
-
-  def beside(self, sms: float) -> float:
-    """While an exchange holds the other SMs; memory takes as long."""
-    return self.matmul / sms + self.memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-  """One layer of one micro-batch: [forward, input, weight] of attention and FFN, and its exchanges."""
-
-  attention: tuple[Piece, Piece, Piece]
-  ffn: tuple[Piece, Piece, Piece]
-  dispatch: float = 0.0  # FP8 out; the backward of a combine is one too
-  combine: float = 0.0
-
-  def alone(self, part: int) -> float:
-    sent = self.dispatch + self.combine if part < 2 else 0.0
-    return self.attention[part].alone + self.ffn[part].alone + sent
-
-
-def pair(forward: Block, backward: Block, sms: float) -> float:
-  """A forward of one and a whole backward of another, in two halves."""
-  beside = lambda f, *b: sum(piece.beside(sms) for piece in (f, *b))
-  ffn = beside(forward.ffn[0], *backward.ffn[1:])
-  attention = beside(forward.attention[0], *backward.attention[1:])
-  return max(ffn, forward.dispatch + backward.combine) + max(
-    attention, forward.combine + backward.dispatch
-  )
-
-
-# ---- one layer -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kernels:
-  """Seconds of kernels over the tokens of one micro-batch."""
-
-  tokens: int
-  rates: Rates
-
-  def fp8(self, rate: float, n: int, k: int, rows: float = 1.0) -> Piece:
-    """A matmul of `rows` a token; its operands' way through memory is in the rate."""
-    return Piece(2 * self.tokens * rows * n * k / (rate * self.rates.clock))
-
-  def bf16(self, n: int, k: int) -> Piece:
-    return self.fp8(self.rates.bf16, n, k)
-
-  def passes(self, token_bytes: float) -> Piece:
-    return Piece(memory=self.tokens * token_bytes / self.rates.memory)
-
-  def weights(self, each: float, count: float) -> Piece:
-    """Of a device's own: bytes each."""
-    return Piece(memory=each * count / self.rates.memory)
-
-
-def _attention(m: config.Model, k: _Kernels, seq_len: int) -> tuple[Piece, Piece, Piece]:
-  a, r, D = m.mla, k.rates, m.dim
-  latents = a.q_rank + a.kv_rank
-  down = latents + a.rope_dim
-  query = a.num_heads * (a.nope_dim + a.rope_dim)  # keys as many
-  nope, rope = a.num_heads * a.nope_dim, a.num_heads * a.rope_dim
-  value, up = a.num_heads * a.v_dim, a.num_heads * (a.nope_dim + a.v_dim)
-  ups = k.fp8(r.queries, query, a.q_rank) + k.fp8(r.keys_values, up, a.kv_rank)
-  linear = k.fp8(r.latents, down, D) + ups + k.fp8(r.out, D, value)
-  # Scores and weighted values over half of the keys; 5 products backward for 2 forward.
-  core = k.tokens * (query + value) * seq_len
-  forward_core = Piece(core / r.core_forward)
-  backward_core = Piece(2.5 * core / r.core_backward)
-  # Norm and cast; norms of latents and cast; rotary parts of queries; keys, put together.
-  before = D * (_BF16 + _FP8) + down * _BF16 + latents * _FP8
-  before += _BF16 * (2 * rope + nope + query)
-  # Output cast twice (FP8 to multiply, E5M6 to keep); residual; norm, for experts in FP8, the router in BF16.
-  after = value * (2 * _BF16 + _E5M6 + _FP8) + _BF16 * 3 * D + D * (2 * _BF16 + _FP8)
-  # Two casts, by token and by channel, of each linear layer's gradient; row sums of the core; its queries'
-  # gradient from FP32; rotary parts; norms of latents; norm and residual.
-  back = D * (_BF16 + 2 * _FP8) + 2 * _BF16 * value + query * (_FP32 + _BF16)
-  back += _BF16 * (query + value) + 2 * _FP8 * up + 2 * _BF16 * rope + query * (_BF16 + 2 * _FP8)
-  back += down * (3 * _BF16 + 2 * _FP8) + 4 * _BF16 * D
-  again = before + D * (_BF16 + _FP8)  # norms and up-projections are computed again (3.3.3)
-  kept = 2 * _FP8 * (D + latents) + value * (_E5M6 + _FP8)  # read by token, written by channel
-  count = counts.attention_parameters(m)
-  cast = k.weights(r.casts * (_BF16 + _FP8), count)
-  return (
-    linear + forward_core + k.passes(before + after) + cast,
-    linear + ups + backward_core + k.passes(back + again) + cast,
-    linear + k.passes(kept) + k.weights(2 * _FP32, count),
-  )
-
-
-def _ffn(m: config.Model, k: _Kernels, run: Run, dense: bool) -> tuple[Piece, Piece, Piece]:
-  """SwiGLU: of a dense layer, or of the shared and the routed experts of a device."""
-  r, D, K = k.rates, m.dim, 0 if dense else m.moe.top_k
-  hidden = m.ffn_dim if dense else m.moe.num_shared * m.moe.expert_dim
-  linear = k.fp8(r.ffn_up, 2 * hidden, D)
-  linear += k.fp8(r.out if dense else r.shared_down, D, hidden)
-  count = 3 * D * hidden
-  if not dense:
-    F = m.moe.expert_dim
-    linear += k.fp8(r.experts_up, 2 * F, D, K) + k.fp8(r.experts_down, D, F, K)
-    linear += k.bf16(m.moe.num_experts, D)
-    count += m.moe.num_experts / run.ep * counts.expert_parameters(m)
-    hidden += K * F  # a token's, over all of its experts
-  # Input read and kept in FP8, output cast. Backward: its gradient, the kept input; gradients by token and by
-  # channel, the output once more by channel.
-  swiglu = hidden * (2 * _BF16 + 3 * _FP8)
-  back = hidden * (_BF16 + 2 * _FP8 + 4 * _FP8 + _FP8)
-  # Rows put in the experts' order, outputs taken out of it; gradients likewise.
-  placed = K * D * (2 * _FP8 + 2 * _BF16)
-  residual = (3 if dense else 4) * D * _BF16
-  cast = k.weights(r.casts * (_BF16 + _FP8), count)
-  by_channel = 2 * _FP8 * D * (1 if dense else 1 + K)
-  if not dense:
-    by_channel += 2 * _FP8 * m.moe.num_shared * m.moe.expert_dim
-  return (
-    linear + k.passes(swiglu + placed + residual) + cast,
-    linear + k.passes(back + placed + D * (_BF16 + _FP8)) + cast,
-    linear + k.passes(by_channel) + k.weights(2 * _FP32, count),
-  )
-
-
-def block(m: config.Model, hardware: Hardware, run: Run, rates: Rates, dense: bool) -> Block:
-  """A layer of one sequence on one device, experts evenly chosen."""
-  k = _Kernels(run.seq_len, rates)
-  attention, ffn = _attention(m, k, run.seq_len), _ffn(m, k, run, dense)
-  if dense:
-    return Block(attention, ffn)
-  nodes = min(m.moe.top_groups, m.moe.top_k)
-  sent = lambda kind, part: max(
-    run.seq_len * nodes * row_bytes(kind, m.dim) / (part * hardware.slow.nominal),
-    run.seq_len * m.moe.top_k * row_bytes(kind, m.dim) / hardware.fast.achieved,
-  )
-  return Block(attention, ffn, sent('fp8', rates.dispatch), sent('bf16', rates.combine))
-
 
 # ---- the pipeline --------------------------------------------------------------------------------
 
@@ -244,13 +52,13 @@ class _Costs:
     kinds = {dense: block(m, hardware, run, rates, dense) for dense in (True, False)}
     rows = [[int(n) for n in row if n >= 0] for row in arranged.blocks]
     self.blocks = [[kinds[n < m.num_dense_layers] for n in row] for row in rows]
-    self.transfer = _BF16 * run.seq_len * m.dim / hardware.slow.achieved
+    self.transfer = layer_time.BF16 * run.seq_len * m.dim / hardware.slow.achieved
     self._sms = rates.compute_sms
-    k, modules = _Kernels(run.seq_len, rates), m.mtp_depth
-    head = k.bf16(m.vocab_size, m.dim) + k.passes(2 * _FP32 * m.vocab_size)
+    k, modules = Kernels(run.seq_len, rates), m.mtp_depth
+    head = k.bf16(m.vocab_size, m.dim) + k.passes(2 * layer_time.FP32 * m.vocab_size)
     join = k.bf16(m.dim, 2 * m.dim)
     once = head.alone * (1 + modules) + join.alone * modules
-    written = k.weights(2 * _FP32, counts.embedding_parameters(m) * (1 + modules)).alone
+    written = k.weights(2 * layer_time.FP32, counts.embedding_parameters(m) * (1 + modules)).alone
     self._ends = (once, once, once + written)
 
   def time(self, op: Op) -> float:
@@ -290,8 +98,12 @@ def optimizer_seconds(
   links += rest * (1 - 1 / run.local) / hardware.fast.achieved
   owned = routed / copies + rest / (2 * run.replicas)
   # Master weights and two BF16 moments read and written, gradients read.
-  adam = owned * (2 * _FP32 + 4 * _BF16 + _FP32) / hardware.chip.memory_bandwidth
-  return links * (_FP32 + _BF16) + adam
+  adam = (
+    owned
+    * (2 * layer_time.FP32 + 4 * layer_time.BF16 + layer_time.FP32)
+    / hardware.chip.memory_bandwidth
+  )
+  return links * (layer_time.FP32 + layer_time.BF16) + adam
 
 
 # ---- the step ------------------------------------------------------------------------------------
@@ -315,7 +127,7 @@ def predict(
   m: config.Model = models.V3,
   hardware: Hardware = H800,
   run: Run = PAPER,
-  rates: Rates = Rates(),
+  rates: Rates = RATES,
 ) -> Step:
   """The step of `run`; raises ValueError for sizes that DualPipe has no order for."""
   if run.sequences % run.replicas:
@@ -363,9 +175,9 @@ def section(c: config.Config, hardware: Hardware) -> Section:
       for name, value in table.items()
     ),
   ]  # fmt: skip
-  moe = block(models.V3, H800, PAPER, Rates(), dense=False)
+  moe = block(models.V3, H800, PAPER, RATES, dense=False)
   layer = [
-    Row('MoE layer: a forward beside a backward', 1e3 * pair(moe, moe, Rates().compute_sms), 'ms',
+    Row('MoE layer: a forward beside a backward', 1e3 * pair(moe, moe, RATES.compute_sms), 'ms',
         note='32.3 in the published profile of 4 layers: most of what is missing is here'),
     *(Row(f'MoE layer: {name} alone', 1e3 * moe.alone(part), 'ms')
       for part, name in enumerate(('forward', 'input gradient', 'weight gradient'))),
@@ -373,7 +185,7 @@ def section(c: config.Config, hardware: Hardware) -> Section:
     Row('combine', 1e3 * moe.combine, 'ms', note='6.0 beside compute in the profile'),
   ]  # fmt: skip
   otherwise = [
-    Row(name, predict(rates=change(Rates())).seconds, 's', note='in place of that assumption')
+    Row(name, predict(rates=change(RATES)).seconds, 's', note='in place of that assumption')
     for name, change in _OTHERWISE
   ]
 

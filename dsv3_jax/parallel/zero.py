@@ -3,13 +3,14 @@
 The FP32 weights, both moments and the average of the weights are stored split (`Placement.zero_dim`
 over `zero_axes`). What differs is when weights become whole:
 - ZeRO-1: once a step, before the micro-batches; gradients are reduce-scattered once, at the end.
-- ZeRO-3: layer by layer, inside the layer's remat region; the gather's transpose is the reduce-scatter.
+- ZeRO-3: layer by layer, inside the layer's remat region; the gather's transpose is the reduce-scatter. What
+  is no layer, as with ZeRO-1.
 
 Gathers move the compute dtype, not FP32. Bytes received per device and gather of a weight of n elements
 split w ways: n (w-1)/w times the size of that dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -68,17 +69,19 @@ def cast(name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   return x if name in _NOT_CAST else x.astype(dtype)
 
 
-def reduce(grads: Any, placements: Placements, *, scattered: bool) -> Any:
+def reduce(grads: Any, placements: Placements, *, scattered: Sequence[str] = ()) -> Any:
   """Sums gradients over the copies of each weight, leaving each device its own part of a split one.
 
-  `scattered`: split weights' gradients were summed and scattered over `zero_axes` already (ZeRO-3).
+  `scattered`: parts of the tree whose split weights' gradients were summed and scattered over `zero_axes`
+  already (ZeRO-3).
   """
 
   def one(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
-    at = placements[path_names(path)]
+    names = path_names(path)
+    at = placements[names]
     over = at.copies + (('pipe',) if 'pipe' in compat.varying_axes(g) else ())
     g = lax.psum(g, tuple(a for a in over if a not in at.zero_axes))
-    if at.zero_dim is None or scattered:
+    if at.zero_dim is None or names[0] in scattered:
       return g
     return lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
 

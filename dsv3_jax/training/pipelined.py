@@ -306,7 +306,7 @@ def _collected(
       return weights.collect(g, place, held.index, held.used, held.count)
 
     stacks[kind] = jax.tree.map(one, grads.routes[kind], where[kind])
-  out = zero.reduce(grads.ends, zero.by_path(_ends(at.placements)), scattered=False)
+  out = zero.reduce(grads.ends, zero.by_path(_ends(at.placements)))
   cut = lambda kind, first, size: jax.tree.map(lambda g: g[first : first + size], stacks[kind])
   block = lambda first, size: (
     cut('shared', first, size) | {'ffn': cut('routed', first - s.dense, size)}

@@ -23,7 +23,7 @@ from dsv3_jax.training import optimizer
 
 State = dict[str, Any]
 
-# Stacks of layers; with ZeRO-3 they are gathered a layer at a time, the rest once a micro-batch.
+# Stacks of layers; with ZeRO-3 they are gathered a layer at a time, the rest once a step.
 STACKS = ('dense_layers', 'moe_layers', 'mtp')
 
 

@@ -1,7 +1,8 @@
 """One optimizer step: a single shard_map over the whole mesh, fully manual, replication checked.
 
 What one device does, top to bottom:
-1. ZeRO-1: gather the split weights (all_gather over `zero_axes`).
+1. Gather the split weights (all_gather over `zero_axes`); with ZeRO-3 only those outside the stacks, whose
+   layers gather their own.
 2. Cast weights to varying, so that no gradient is summed before all micro-batches are done.
 3. For each micro-batch: loss and gradients of this device's rows; add up in FP32.
    On a pipeline (`pipelined.py`) 1 to 3 are the executor's: micro-batches go through ranks instead.
@@ -135,15 +136,14 @@ def _gradients(
   unshard = zero.by_layer(placements, dtype) if by_layer else whole
 
   def loss_fn(params: Any, tokens_bX: jax.Array) -> tuple[jax.Array, Terms]:
-    if by_layer:
-      rest = {k: v for k, v in params.items() if k not in STACKS}
-      params = params | zero.gather(rest, placements, dtype)
     model = at.module(params, state['router_bias'])
     return objective(c, model, tokens_bX, mtp_weight, sequences, unshard=unshard)
 
   # ---- weights -----------------------------------------------------------------------------------
-  params = state['params'] if by_layer else zero.gather(state['params'], placements, dtype)
-  params = vary(params, TOKENS)
+  # Embedding and head once a step, not once a micro-batch: their gradients add up whole, in FP32, and are
+  # scattered once. XLA makes the same of sums in the loop on TPU, where it moves them behind it.
+  once = {k: v for k, v in state['params'].items() if not (by_layer and k in STACKS)}
+  params = vary(state['params'] | zero.gather(once, placements, dtype), TOKENS)
   # ---- micro-batches -----------------------------------------------------------------------------
   micro = jax.value_and_grad(loss_fn, has_aux=True)
   fp32 = lambda tree: jax.tree.map(lambda g: g.astype(jnp.float32), tree)
@@ -163,7 +163,7 @@ def _gradients(
     loss, terms, grads = lax.fori_loop(0, count if ramps else A, add, zeros)
   # ---- sums over devices -------------------------------------------------------------------------
   loss, terms = lax.psum((loss, terms), TOKENS)
-  return loss, terms, zero.reduce(grads, placements, scattered=by_layer)
+  return loss, terms, zero.reduce(grads, placements, scattered=STACKS if by_layer else ())
 
 
 def _tokens(c: config.Config, state: State) -> jax.Array:

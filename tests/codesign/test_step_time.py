@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 
 from dsv3_jax import counts
-from dsv3_jax.codesign import cost, models, step_time
+from dsv3_jax.codesign import cost, layer_time, models, step_time
 from dsv3_jax.codesign.hardware import H800
 
-V3, RUN, RATES = models.V3, step_time.PAPER, step_time.Rates()
-_FLAT = step_time.Rates(*[1e12] * 11, clock=1.0)  # all that multiplies at one speed
+V3, RUN, RATES = models.V3, layer_time.PAPER, layer_time.RATES
+_FLAT = layer_time.Rates(*[1e12] * 11, clock=1.0)  # all that multiplies at one speed
 
 
 def _block(rates=RATES, hardware=H800, dense=False):
-  return step_time.block(V3, hardware, RUN, rates, dense)
+  return layer_time.block(V3, hardware, RUN, rates, dense)
 
 
 def test_the_step_is_within_15_percent_of_the_printed_one_and_each_part_is_told():
@@ -44,7 +44,7 @@ def test_blocks_multiply_what_the_model_asks_for():
 def test_a_pair_hides_exchanges_until_they_take_longer_than_what_stands_beside_them():
   b = _block()
   at = lambda times: dataclasses.replace(b, dispatch=times * b.dispatch, combine=times * b.combine)
-  pair = lambda times: step_time.pair(at(times), at(times), RATES.compute_sms)
+  pair = lambda times: layer_time.pair(at(times), at(times), RATES.compute_sms)
   assert pair(0) == pair(1) < pair(4)
   assert pair(1e6) == pytest.approx(1e6 * 2 * (b.dispatch + b.combine))
   apart = b.alone(0) + b.alone(1) + b.alone(2)
