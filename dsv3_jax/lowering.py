@@ -20,6 +20,7 @@ from dsv3_jax import config, mesh
 from dsv3_jax.codesign.traffic import ORIGINS, Moved
 from dsv3_jax.inference import decode as decoding
 from dsv3_jax.inference.engine import CHUNK
+from dsv3_jax.inference.step import How
 from dsv3_jax.training import state
 from dsv3_jax.training.step import make_step
 
@@ -84,7 +85,7 @@ def _generation(
   c: config.Config, device_mesh: jax.sharding.Mesh, rows: int, name: str, length: int
 ) -> Program:
   sequences = rows * device_mesh.size
-  how = decoding.How(name == 'prefill', 0, c.model.vocab_size)
+  how = How(name == 'prefill', 0, c.model.vocab_size)
   traced, weights, cache = decoding.trace(
     c.model, device_mesh, how, sequences, length, c.batch.seq_len
   )

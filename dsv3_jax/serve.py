@@ -117,6 +117,7 @@ def _engine(args: argparse.Namespace, loaded: workdir.Loaded) -> Engine:
     cache=args.cache,
     prompts_only=args.prompts_only,
     balance_every=args.balance_every,
+    steps=args.steps,
   )
 
 
@@ -137,6 +138,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add('--pages', type=int, help='of 64 tokens in the cache (enough for all slots at full length)')
   add('--chunk', type=int, default=128, help='tokens of a prompt at a time (%(default)s)')
   add('--drafts', type=int, help='tokens that the MTP module guesses ahead (1 if there is one)')
+  add('--steps', type=int, default=4, help='of decoding in one call, at most (%(default)s)')
   add('--cache', default='plain', help="'plain' or 'fp8' (%(default)s)")
   for axis in ('data', 'node', 'local'):
     add(f'--{axis}', type=int, default=1, help='devices on this axis of the mesh (%(default)s)')

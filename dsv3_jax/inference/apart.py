@@ -12,7 +12,8 @@ prompt that begins alike, are not written again.
 from typing import Protocol
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference.engine import Engine, Event, Request, Stats
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Event, Request, Stats
 
 
 class Prompts(Protocol):

@@ -23,11 +23,13 @@ class Balancer:
     self.load_YE = np.zeros(decoder.placement.copies_YE.shape)
     self.moved = 0  # times
 
-  def saw(self, load_YE: np.ndarray) -> None:
-    """Of a step that has ended; places experts anew where it is time and worth it."""
-    self.load_YE += (load_YE - self.load_YE) / SPAN
-    self._steps += 1
-    if self._steps % self._every or not self.load_YE.any():
+  def saw(self, load_YE: np.ndarray, steps: int = 1) -> None:
+    """Sums of steps that have ended; places experts anew where it is time and worth it."""
+    if not steps:
+      return
+    self.load_YE += (load_YE / steps - self.load_YE) * (1 - (1 - 1 / SPAN) ** steps)
+    before, self._steps = self._steps, self._steps + steps
+    if before // self._every == self._steps // self._every or not self.load_YE.any():
       return
     d, now = self._decoder, self._decoder.placement
     sizes = {'slots': now.expert_YS.shape[1], 'groups': d.config.moe.num_groups}

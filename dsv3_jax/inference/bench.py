@@ -8,8 +8,8 @@ All sides of a comparison take turns in one process, and the ratio of a turn is 
 a shared machine only ratios within one run mean anything. `peer` wants the extra [parity].
 
 `context` decodes one sequence with caches that are filled with zeros, which take as long as others, of a
-model of 4 layers, 16 heads and V3's rule for all else. `peer` decodes greedily to a fixed length, without
-drafts, both sides in FP32; transformers' fastest expert implementation and number of threads are found first
+model of 4 layers, 16 heads and V3's rule for all else. `peer` decodes greedily to a fixed length, all sides
+in FP32: the engine without drafts, and with one by the MTP module where the weights have it; transformers' fastest expert implementation and number of threads are found first
 and taken: on cores with other work OpenMP, which waits for its slowest thread, may be faster with one.
 """
 
@@ -35,15 +35,18 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax import config, console, flags, mesh, runtime
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference import acceptance, expanded
-from dsv3_jax.inference.decode import Decoder, How, Rows
-from dsv3_jax.inference.engine import Engine, Request
+from dsv3_jax.inference.decode import Decoder
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.sampling import GREEDY, Sampling, Samplings
+from dsv3_jax.inference.step import How, Rows
 from dsv3_jax.kernels.mla_decode import PAGE
 from dsv3_jax.model.transformer import Transformer
 from dsv3_jax.training import bench_transformers, reading, workdir
 from dsv3_jax.training.checkpoint import CheckpointError
 
 _PROMPT = 64  # tokens
+_STEPS = 8  # of decoding in one call
 
 
 # ---- context -------------------------------------------------------------------------------------
@@ -152,32 +155,36 @@ def peer(args: argparse.Namespace) -> dict[str, Any]:
     c = config.freeze(c)
     model = jax.jit(lambda key: Transformer(c.model, key))(jax.random.key(0))
   device_mesh = mesh.make_mesh(c.mesh)
-  engines = {
-    batch: _engine(c.model, Decoder(c.model, device_mesh, model), batch) for batch in (1, 16)
-  }
+  decoder = Decoder(c.model, device_mesh, model)
+  ways = {'engine': 0} | ({'engine, 1 draft': 1} if c.model.mtp_depth else {})
   generate = _peer(c.model, model)
   rng = np.random.default_rng(0)
   found = []
-  for batch, engine in engines.items():
+  for batch in (1, 16):
+    engines = {name: _engine(c.model, decoder, batch, k) for name, k in ways.items()}
     draw = lambda batch=batch: rng.integers(6, c.model.vocab_size, (batch, _PROMPT))
     few = min(args.tokens, 16)
     fastest = min(_peer_ways(), key=lambda how: _timed(generate, how, draw(), few)[1])
-    _timed(_ours, engine, draw(), args.tokens)
-    seconds, same, tokens = {'engine': [], 'transformers': []}, 0, batch * args.tokens
+    for engine in engines.values():
+      _timed(_ours, engine, draw(), args.tokens)
+    seconds = {name: [] for name in (*engines, 'transformers')}
+    same, tokens = dict.fromkeys(engines, 0), batch * args.tokens
     for _ in range(args.turns):
       prompts_BL = draw()
-      ours_BL, ours_s = _timed(_ours, engine, prompts_BL, args.tokens)
       theirs_BL, theirs_s = _timed(generate, fastest, prompts_BL, args.tokens)
-      seconds['engine'].append(ours_s)
       seconds['transformers'].append(theirs_s)
-      same += int((ours_BL == theirs_BL).sum())
-    ratios = [b / a for a, b in zip(seconds['engine'], seconds['transformers'], strict=True)]
+      for name, engine in engines.items():
+        ours_BL, ours_s = _timed(_ours, engine, prompts_BL, args.tokens)
+        seconds[name].append(ours_s)
+        same[name] += int((ours_BL == theirs_BL).sum())
+    over = lambda name: [b / a for a, b in zip(seconds[name], seconds['transformers'], strict=True)]
     found.append(
       {
         'batch': batch,
         'tokens_per_s': {name: tokens / statistics.median(s) for name, s in seconds.items()},
-        'ratio': _spread(ratios),
-        'same_tokens': same / (tokens * args.turns),
+        'ratio': {name: _spread(over(name)) for name in engines},
+        'same_tokens': {name: same[name] / (tokens * args.turns) for name in engines},
+        'acceptance': {name: engine.stats.acceptance for name, engine in engines.items()},
         'experts, threads': fastest,
       }
     )
@@ -221,7 +228,7 @@ def _peer(c: config.Model, model: Transformer) -> Callable:
 
 def _engine(c: config.Model, decoder: Decoder, slots: int, drafts: int = 0) -> Engine:
   how = {'vocab_size': c.vocab_size, 'eos_ids': (), 'chunk': _PROMPT, 'drafts': drafts}
-  made = Engine(decoder, slots=slots, **how)
+  made = Engine(decoder, slots=slots, steps=_STEPS, **how)
   made.warm_up()
   return made
 

@@ -10,13 +10,16 @@ row's arithmetic is its own: attention ends where the longest row ends and adds 
 multiply rows in blocks of one size, random numbers follow seed and position. Chunks start at multiples of
 the chunk, so a shared beginning is cut as it would be alone.
 
+Where no prompt is on its way, `steps` steps of decoding go through in one call, whose tokens come together.
+While requests wait for a slot, no more of them than surely nobody ends in.
+
 The engine is for one thread. It deals in tokens; text and stop strings are its callers' (`stream`).
 """
 
 import collections
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -24,79 +27,14 @@ import numpy as np
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference import pages as cache_pages
 from dsv3_jax.inference.balancing import Balancer
-from dsv3_jax.inference.decode import Chosen, Decoder, How
+from dsv3_jax.inference.decode import Decoder
 from dsv3_jax.inference.pages import Pool
+from dsv3_jax.inference.requests import Event, Handover, Request, Stats, Token
 from dsv3_jax.inference.rows import Filling
-from dsv3_jax.inference.sampling import GREEDY, Sampling
+from dsv3_jax.inference.step import Chosen, How, Several
 from dsv3_jax.kernels.mla_decode import PAGE
 
 CHUNK = 2 * PAGE  # tokens of a prompt that go through at a time
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Request:
-  """One sequence to be continued; compared by identity."""
-
-  prompt: Sequence[int]
-  max_tokens: int
-  sampling: Sampling = GREEDY
-  sample: int = 0  # tells apart the samples of one prompt
-  top_logprobs: int = 0
-
-  @property
-  def how(self) -> tuple[Sampling, int, int]:
-    return self.sampling, self.sample, self.top_logprobs
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-  id: int
-  logprob: float  # of the model as it is, whatever the temperature
-  top: tuple[tuple[int, float], ...] = ()  # the most probable ones, as many as were asked for
-  drafted: bool = False  # guessed by the MTP module, and right
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Handover:
-  """A request whose prompt is in the cache, to go on in another engine."""
-
-  request: Request
-  token: Token  # the first one
-  drafts: list[int]  # of those behind it
-  pages: list[np.ndarray]  # [Y, 64, X] each: what the prompt's pages hold, the last one in part
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-  request: Request
-  tokens: list[Token]
-  finish: str | None  # 'stop': eos, the last token | 'length' | None: goes on
-  handover: Handover | None = None  # where it goes on elsewhere
-
-
-@dataclasses.dataclass
-class Stats:
-  """Sums since the engine was made."""
-
-  requests: int = 0
-  prompt_tokens: int = 0
-  shared_tokens: int = 0  # of those, found in the cache
-  tokens: int = 0
-  row_steps: int = 0  # steps of decoding, each counted once for every sequence in it
-  drafts: int = 0
-  accepted: int = 0
-  prompt_seconds: float = 0.0
-  decode_seconds: float = 0.0
-
-  @property
-  def acceptance(self) -> float:
-    """Share of the drafts that were right; of two in a row, the second counts where the first was not."""
-    return self.accepted / max(self.drafts, 1)
-
-  @property
-  def tokens_per_step(self) -> float:
-    """Tokens that a step of decoding gives a sequence: 1 without drafts."""
-    return 1 + self.accepted / max(self.row_steps, 1)
 
 
 @dataclasses.dataclass
@@ -127,7 +65,8 @@ class Engine:
   `drafts`: tokens that the MTP module guesses ahead of each step; 0 for none. `cache`: 'plain', in the
   compute dtype, or 'fp8'. `max_length` defaults to the model's. `prompts_only`: ends a request behind its
   first token, by a handover that another engine can `take_over`. `balance_every`: steps after which experts
-  are placed anew by what was chosen lately, where it helps (`balancing`); 0 for never.
+  are placed anew by what was chosen lately, where it helps (`balancing`); 0 for never. `steps`: of decoding,
+  that a call of `step` takes at most.
   """
 
   def __init__(
@@ -144,17 +83,18 @@ class Engine:
     max_length: int | None = None,
     prompts_only: bool = False,
     balance_every: int = 0,
+    steps: int = 1,
   ) -> None:
     c, ways = decoder.config, decoder.ways
     self.max_length = max_length or c.max_length
     self._table = -(-(self.max_length + drafts) // PAGE)  # pages of the longest sequence
     pages = pages or slots // ways * self._table
-    _check(slots, ways, chunk, pages, drafts, c.mtp_depth, cache)
+    _check(slots, ways, chunk, pages, drafts, c.mtp_depth, cache, steps)
     self.drafts = drafts
     self.stats = Stats()
     self._decoder, self._eos_ids, self._chunk = decoder, frozenset(eos_ids), chunk
     self._prompt = How(prompt=True, drafts=drafts, vocab_size=vocab_size)
-    self._decode = How(prompt=False, drafts=drafts, vocab_size=vocab_size)
+    self._decode = How(False, drafts, vocab_size, tuple(sorted(self._eos_ids)), steps)
     self._slots: list[_Slot | None] = [
       None
     ] * slots  # those of the first device, then of the second
@@ -334,7 +274,7 @@ class Engine:
         end = slot.done + len(part)
         behind = slot.request.prompt[end] if end < len(slot.request.prompt) else -1
         rows.put(b, part, slot.done, slot.pages, slot.request.how, behind)
-    chosen = self._run(self._prompt, rows)
+    chosen = self._run_prompt(rows)
     events = []
     for b, i in enumerate(chosen_slots):
       if i is not None:
@@ -345,59 +285,98 @@ class Engine:
         for page, name in zip(slot.pages[:full], slot.names, strict=False):
           pool.give_name(page, name)
         if slot.prefilled:
-          events.append(self._take(i, chosen, b))
+          tokens = self._take(i, chosen, b)
+          events.append(self._tell(i, tokens, chosen.drafts_BK[b]))
     return events
 
   def _run_decode(self) -> list[Event]:
     rows = Filling(len(self._slots), 1 + self.drafts, self._table)
+    left_B = np.zeros(len(self._slots), np.int32)
     live = [i for i, slot in enumerate(self._slots) if slot and slot.prefilled]
     for i in live:
       slot = self._slots[i]
-      slot.drafts = slot.drafts[: slot.remaining - 1]  # a right one gives two tokens
-      rows.put(
-        i, [slot.tokens[-1], *slot.drafts], len(slot.tokens) - 1, slot.pages, slot.request.how
-      )
-      self.stats.row_steps += 1
-    chosen = self._run(self._decode, rows)
-    return [self._take(i, chosen, i) for i in live]
+      drafts = slot.drafts[: slot.remaining - 1]  # a right one gives two tokens
+      rows.put(i, [slot.tokens[-1], *drafts], len(slot.tokens) - 1, slot.pages, slot.request.how)
+      left_B[i] = slot.remaining
+    several = self._run_steps(rows, left_B, self._count_steps(live))
+    events = []
+    for i in live:
+      tokens = []
+      for s, count in enumerate(several.count_SB[:, i]):
+        if count:
+          self.stats.row_steps += 1
+          self.stats.drafts += int(count) - 1
+          tokens += self._take(i, several.chosen, (s, i))
+      events.append(self._tell(i, tokens, several.chosen.drafts_BK[i]))
+    return events
+
+  def _count_steps(self, live: list[int]) -> int:
+    if any(slot and not slot.prefilled for slot in self._slots):
+      return 1
+    if not self.waiting:
+      return self._decode.most
+    soonest = min(self._slots[i].remaining for i in live) // (1 + self.drafts)
+    return max(1, min(soonest, self._decode.most))
 
   def warm_up(self) -> None:
     """Compiles both programs, by a step of each on empty rows."""
-    self._run(self._prompt, Filling(len(self._pools), self._chunk, self._table))
-    self._run(self._decode, Filling(len(self._slots), 1 + self.drafts, self._table))
+    self._run_prompt(Filling(len(self._pools), self._chunk, self._table))
+    slots = len(self._slots)
+    rows = Filling(slots, 1 + self.drafts, self._table)
+    self._run_steps(rows, np.zeros(slots, np.int32), self._decode.most)
     self.stats = Stats()
 
-  def _run(self, how: How, rows: Filling) -> Chosen:
+  def _run_prompt(self, rows: Filling) -> Chosen:
     start = time.perf_counter()
-    chosen, self._cache = self._decoder.step(how, rows.arrays(), self._cache)
+    chosen, self._cache = self._decoder.step(self._prompt, rows.arrays(), self._cache)
     chosen = jax.device_get(chosen)
-    if self.balancer:
-      self.balancer.saw(chosen.load_YE)
-    name = 'prompt_seconds' if how.prompt else 'decode_seconds'
-    setattr(self.stats, name, getattr(self.stats, name) + time.perf_counter() - start)
+    self._saw(chosen.load_YE, 1)
+    self.stats.prompt_seconds += time.perf_counter() - start
     return chosen
 
-  def _take(self, i: int, chosen: Chosen, b: int) -> Event:
-    """Row b's tokens go to slot i, which is freed where they are its last."""
+  def _run_steps(self, rows: Filling, left_B: np.ndarray, steps: int) -> Several:
+    start = time.perf_counter()
+    given = rows.arrays(), left_B, steps
+    several, self._cache = self._decoder.several(self._decode, *given, self._cache)
+    several = jax.device_get(several)
+    self._saw(several.chosen.load_YE, int(several.count_SB.any(axis=1).sum()))
+    self.stats.decode_seconds += time.perf_counter() - start
+    return several
+
+  def _saw(self, load_YE: np.ndarray, steps: int) -> None:
+    if self.balancer:
+      self.balancer.saw(load_YE, steps)
+
+  def _take(self, i: int, chosen: Chosen, at: int | tuple[int, int]) -> list[Token]:
+    """The tokens of one row, or of one step and row, go to slot i, up to what ends it."""
     slot = self._slots[i]
-    right = int(chosen.accepted_B[b])
-    tokens, finish = [], None
+    right = int(chosen.accepted_B[at])
+    ids, logprobs = chosen.tokens_BL[at].tolist(), chosen.logprob_BL[at].tolist()
+    tokens = []
     for j in range(right + 1):
-      token = int(chosen.tokens_BL[b, j])
-      top = zip(chosen.top_ids_BLT[b, j], chosen.top_logprobs_BLT[b, j], strict=True)
-      top = [(int(t), float(p)) for t, p in list(top)[: slot.request.top_logprobs]]
-      tokens.append(Token(token, float(chosen.logprob_BL[b, j]), tuple(top), drafted=j < right))
-      slot.tokens.append(token)
-      if token in self._eos_ids:
-        finish = 'stop'
-      elif not slot.remaining:
-        finish = 'length'
-      if finish:
+      top = ()
+      if count := slot.request.top_logprobs:
+        top_ids, top_logprobs = chosen.top_ids_BLT[at][j], chosen.top_logprobs_BLT[at][j]
+        top = tuple(zip(top_ids[:count].tolist(), top_logprobs[:count].tolist(), strict=True))
+      token = Token(ids[j], logprobs[j], top, drafted=j < right)
+      tokens.append(token)
+      slot.tokens.append(token.id)
+      if self._finish(slot):
         break
     self.stats.tokens += len(tokens)
-    self.stats.drafts += len(slot.drafts)
     self.stats.accepted += min(right, len(tokens))
-    slot.drafts = chosen.drafts_BK[b].tolist()
+    return tokens
+
+  def _finish(self, slot: _Slot) -> str | None:
+    if slot.tokens[-1] in self._eos_ids:
+      return 'stop'
+    return None if slot.remaining else 'length'
+
+  def _tell(self, i: int, tokens: list[Token], drafts_K: np.ndarray) -> Event:
+    """Slot i goes on behind its new tokens, or is freed."""
+    slot = self._slots[i]
+    finish = self._finish(slot)
+    slot.drafts = drafts_K.tolist()
     handover = None if finish or not self._prompts_only else self._hand_over(i, tokens[0])
     if finish or handover:
       self._free(i)
@@ -410,7 +389,14 @@ class Engine:
 
 
 def _check(
-  slots: int, ways: int, chunk: int, pages: int, drafts: int, mtp_depth: int, cache: str
+  slots: int,
+  ways: int,
+  chunk: int,
+  pages: int,
+  drafts: int,
+  mtp_depth: int,
+  cache: str,
+  steps: int,
 ) -> None:
   if slots < 1 or slots % ways:
     raise ConfigError(f'slots = {slots}: must be a positive multiple of the {ways} devices')
@@ -418,8 +404,9 @@ def _check(
     raise ConfigError(
       f'chunk = {chunk}: must be a positive multiple of {PAGE}, the tokens of a page'
     )
-  if pages < 1:
-    raise ConfigError(f'pages = {pages}: must be at least 1')
+  for name, value in (('pages', pages), ('steps', steps)):
+    if value < 1:
+      raise ConfigError(f'{name} = {value}: must be at least 1')
   if drafts < 0 or (drafts and not mtp_depth):
     right = 'at least 0' if drafts < 0 else '0: the model has no MTP module (model.mtp_depth = 0)'
     raise ConfigError(f'drafts = {drafts}: must be {right}')

@@ -1,11 +1,11 @@
-"""`decode.Rows` while an engine fills it."""
+"""`step.Rows` while an engine fills it."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from dsv3_jax.inference.decode import Rows
 from dsv3_jax.inference.sampling import GREEDY, Sampling, Samplings
+from dsv3_jax.inference.step import Rows
 
 
 class Filling:

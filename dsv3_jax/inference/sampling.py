@@ -69,7 +69,7 @@ class Samplings:
 def sample(s: Samplings, logits_BV: jax.Array, position_B: jax.Array) -> jax.Array:
   """Next token of each sequence, int32 [B]; `position_B` is where it will stand."""
   logits_BV = logits_BV.astype(jnp.float32)
-  best_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+  best_B = _first_largest(logits_BV)
   greedy_B = s.temperature_B == 0
 
   def draw_all() -> jax.Array:
@@ -87,10 +87,17 @@ def sample(s: Samplings, logits_BV: jax.Array, position_B: jax.Array) -> jax.Arr
     noise_BV = jax.vmap(_noise, in_axes=(0, 0, 0, None))(
       s.seed_B, s.sample_B, position_B, logits_BV.shape[1]
     )
-    return jnp.argmax(kept_BV + noise_BV, axis=1).astype(jnp.int32)
+    return _first_largest(kept_BV + noise_BV)
 
   drawn_B = lax.cond(jnp.all(greedy_B), lambda: best_B, draw_all)
   return jnp.where(greedy_B, best_B, drawn_B)
+
+
+def _first_largest(x_BV: jax.Array) -> jax.Array:
+  """`argmax` of each row, int32 [B]: in two reductions that vectorise, where XLA:CPU's argmax does not."""
+  id_1V = jnp.arange(x_BV.shape[1], dtype=jnp.int32)[None]
+  largest_B1 = jnp.max(x_BV, axis=1, keepdims=True)
+  return jnp.min(jnp.where(x_BV == largest_B1, id_1V, x_BV.shape[1] - 1), axis=1)
 
 
 def _noise(seed: jax.Array, sample: jax.Array, position: jax.Array, size: int) -> jax.Array:

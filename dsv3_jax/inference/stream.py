@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.inference.decode import Decoder
-from dsv3_jax.inference.engine import Engine, Request
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.kernels.mla_decode import PAGE
 
 _SLOTS = 16  # sequences on a device that decode together; more wait
+_STEPS = 8  # in one call
 
 
 def engine_for(
@@ -37,6 +39,7 @@ def engine_for(
     slots=slots * decoder.ways,
     pages=slots * _power_of_two(-(-tokens // PAGE)),
     drafts=drafts,
+    steps=_STEPS,
   )
 
 

@@ -1,9 +1,8 @@
-"""Multi-head Latent Attention (2.1.1): expanded for training, absorbed for decode, from the same weights.
+"""Multi-head Latent Attention (2.1.1), expanded as training wants it.
 
 Keys and values come from a latent c of `kv_rank` per token, plus one rotary key of `rope_dim` shared by
 all heads; those two are all that a cache keeps. Expanded, the latent is projected up to keys and values
-per head. Absorbed, the key projection moves into the query and the value projection behind the softmax:
-every head then reads the same latent, 576 values per token for V3.
+per head. Generation absorbs both projections, from the same weights (`inference.layer`).
 """
 
 import jax
@@ -13,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import config
 from dsv3_jax.kernels.attention import causal_attention
-from dsv3_jax.kernels.mla_decode import mla_decode
 from dsv3_jax.model import rope
 from dsv3_jax.model.layers import normal, ones, rms_norm
 from dsv3_jax.precision import recipe
@@ -72,34 +70,6 @@ class Mla(nnx.Module):
     k_rope_BLR = checkpoint_name(recipe.linear(c.precision, x_BLD, self.k_rope_DR[...]), 'latent')
     k_rope_BLR = rope.rotate(k_rope_BLR, *rope.table(c, positions_BL))
     return rms_norm(latent_BLC, self.kv_norm_C[...], c.norm_eps), k_rope_BLR
-
-  def absorbed(
-    self,
-    c: config.Model,
-    x_BLD: jax.Array,
-    pages_PMX: jax.Array,
-    table_BJ: jax.Array,
-    positions_BL: jax.Array,
-  ) -> jax.Array:
-    """Attention of queries at `positions_BL` over a latent cache in pages (`kernels.mla_decode`).
-
-    Entries after a query's position are hidden, so a table may be longer than what it holds. The cache
-    must already contain the queries' own positions. For prompts, a head multiplies 1,088 numbers for
-    each pair of tokens where the expanded form has 320 in V3; but that one would project the whole past
-    up again for every chunk, dearer as long as a chunk has less than about 170 tokens.
-    """
-    nope_BLNH, rope_BLNR = self.queries(c, x_BLD, positions_BL)
-    weight = lambda w: w[...].astype(x_BLD.dtype)
-    query_BLNC = jnp.einsum('BLNH,CNH->BLNC', nope_BLNH, weight(self.k_up_CNH))
-    out_BLNC, _ = mla_decode(
-      jnp.concatenate([query_BLNC, rope_BLNR], axis=3),
-      pages_PMX,
-      table_BJ,
-      positions_BL,
-      rank=c.mla.kv_rank,
-      scale=rope.softmax_scale(c),
-    )
-    return self.output(c, jnp.einsum('BLNC,CNV->BLNV', out_BLNC, weight(self.v_up_CNV)))
 
   def queries(
     self, c: config.Model, x_BLD: jax.Array, positions_BL: jax.Array

@@ -118,15 +118,23 @@ class Moe(nnx.Module):
       self.shared = Ffn(c.dim, m.num_shared * m.expert_dim, std, keys[4])
 
   def __call__(
-    self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array, slots: Slots | None = None
+    self,
+    c: config.Model,
+    x_BLD: jax.Array,
+    valid_BL: jax.Array,
+    slots: Slots | None = None,
+    *,
+    implementation: str = 'xla',
   ) -> tuple[jax.Array, Routing]:
     """shared(x) + sum of the chosen experts, without the residual; statistics over the valid tokens.
 
     `slots`: where the experts lie; in order without. Statistics are of experts, wherever they are.
+    `implementation`: of `kernels.expert_ffn`.
     """
     trip, routing = self.start(c, x_BLD, valid_BL, slots)
-    y_TD = trip.there_and_back(experts(c), self.expert_weights(c))
-    return self.finish(c, trip, y_TD, self.shared_output(c, x_BLD), routing)
+    y_TD = trip.there_and_back(experts(c, implementation), self.expert_weights(c))
+    shared_BLD = self.shared_output(c, x_BLD)
+    return self.finish(c, trip, y_TD, shared_BLD, routing, implementation=implementation)
 
   def start(
     self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array, slots: Slots | None = None
@@ -165,17 +173,19 @@ class Moe(nnx.Module):
     y_TD: jax.Array,
     shared_BLD: jax.Array,
     routing: Routing,
+    *,
+    implementation: str = 'xla',
   ) -> tuple[jax.Array, Routing]:
     """Adds what came in further rounds, and the shared experts."""
-    y_TD, traffic = trip.finish(y_TD, experts(c), self.expert_weights(c))
+    y_TD, traffic = trip.finish(y_TD, experts(c, implementation), self.expert_weights(c))
     return y_TD.reshape(shared_BLD.shape) + shared_BLD, dataclasses.replace(
       routing, traffic=traffic
     )
 
 
-def experts(c: config.Model) -> Experts:
+def experts(c: config.Model, implementation: str = 'xla') -> Experts:
   """How this device's experts are run, as the dispatch calls it."""
-  how = 'reference' if c.moe.dispatch.form == 'dense' else 'xla'
+  how = 'reference' if c.moe.dispatch.form == 'dense' else implementation
   return functools.partial(_experts, c.precision, how)
 
 

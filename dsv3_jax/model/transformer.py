@@ -21,7 +21,7 @@ from dsv3_jax import config
 from dsv3_jax.model import dual
 from dsv3_jax.model.layers import Ffn, normal, ones, rms_norm
 from dsv3_jax.model.mla import Mla
-from dsv3_jax.model.moe import Moe, Routing, Slots
+from dsv3_jax.model.moe import Moe, Routing
 from dsv3_jax.precision import recipe
 
 # (name of the part, module with weights as stored) -> module with whole weights.
@@ -63,20 +63,20 @@ class Block(nnx.Module):
     return jax.ad_checkpoint.checkpoint_name(x_BLD + self.attn.output(c, out_BLNV), 'residual')
 
   def feed_forward(
-    self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array, slots: Slots | None = None
+    self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array
   ) -> tuple[jax.Array, Routing | None]:
-    """Second half: x + ffn(norm(x)); `slots`: where the experts lie, if not in order."""
-    y_BLD, routing = self.branch(c, x_BLD, valid_BL, slots)
+    """Second half: x + ffn(norm(x))."""
+    y_BLD, routing = self.branch(c, x_BLD, valid_BL)
     return x_BLD + y_BLD, routing
 
   def branch(
-    self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array, slots: Slots | None = None
+    self, c: config.Model, x_BLD: jax.Array, valid_BL: jax.Array
   ) -> tuple[jax.Array, Routing | None]:
     """What the second half adds: ffn(norm(x))."""
     normed_BLD = rms_norm(x_BLD, self.ffn_norm_D[...], c.norm_eps)
     if isinstance(self.ffn, Ffn):
       return self.ffn(c, normed_BLD), None
-    return self.ffn(c, normed_BLD, valid_BL, slots)
+    return self.ffn(c, normed_BLD, valid_BL)
 
 
 class Mtp(nnx.Module):

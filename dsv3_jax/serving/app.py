@@ -32,7 +32,7 @@ from starlette.routing import Route
 
 from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.inference.engine import Event, Request, Token
+from dsv3_jax.inference.requests import Event, Request, Token
 from dsv3_jax.inference.stream import StopText, TextStream
 from dsv3_jax.serving import asking, page
 from dsv3_jax.serving.asking import Asked, Refused

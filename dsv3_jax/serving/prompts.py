@@ -8,7 +8,8 @@ import socketserver
 import sys
 
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference.engine import Engine, Event, Request
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Event, Request
 from dsv3_jax.serving import wire
 from dsv3_jax.serving.worker import Busy, Ending, Worker
 

@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dsv3_jax.inference.engine import Engine, Event, Handover, Request, Token
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Event, Handover, Request, Token
 from dsv3_jax.inference.sampling import Sampling
 
 _LONGEST = 16 << 20  # bytes of a header

@@ -3,7 +3,8 @@
 import threading
 from collections.abc import Callable, Sequence
 
-from dsv3_jax.inference.engine import Engine, Event, Request
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Event, Request
 
 
 class Busy(Exception):

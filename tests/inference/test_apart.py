@@ -8,7 +8,8 @@ import pytest
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
 from dsv3_jax.inference.apart import Apart
-from dsv3_jax.inference.engine import Engine, Request
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.sampling import GREEDY, Sampling
 
 _HOW = {'vocab_size': 8, 'eos_ids': (), 'slots': 8, 'chunk': 64}

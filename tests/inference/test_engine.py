@@ -7,7 +7,8 @@ import pytest
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference.engine import Engine, Request
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.sampling import Sampling
 
 _VOCAB = 8  # few tokens to choose from, so that an untrained module guesses some of them
@@ -87,6 +88,31 @@ def test_speculation_changes_no_token_and_saves_steps(long, requests, plain, dra
   assert 0.05 < s.acceptance < 0.5  # one in eight by chance
   assert s.row_steps + s.accepted + len(requests) == s.tokens == sum(map(len, plain))
   assert s.tokens_per_step == 1 + s.accepted / s.row_steps
+
+
+@pytest.mark.parametrize('drafts', [0, 2])
+def test_several_steps_in_a_call_change_no_token_and_end_where_one_would(
+  long, requests, plain, drafts
+):
+  some = slice(0, 48)
+  tokens = _ids(plain)[some]
+  eos = max(range(_VOCAB), key=lambda t: sum(t in each for each in tokens))
+  cut = [each[: each.index(eos) + 1] if eos in each else each for each in tokens]
+  for eos_ids, expected in (((), tokens), ({eos}, cut)):
+    engine = _engine(long, drafts=drafts, steps=5, eos_ids=eos_ids)
+    assert _ids(_run(engine, requests[some], seed=3)) == expected
+    assert engine.stats.tokens == sum(map(len, expected))
+
+
+def test_as_many_steps_in_a_call_as_nobody_waits_for(long):
+  engine = _engine(long, slots=1, steps=4)
+  first, second = Request([1, 2], 11), Request([3], 2)
+  engine.submit(first)
+  assert [len(e.tokens) for e in engine.step()] == [1, 4]
+  engine.submit(second)
+  told = [[len(e.tokens) for e in engine.step()] for _ in range(2)]
+  assert told == [[4], [2]]  # first has 11
+  assert [len(e.tokens) for e in engine.step()] == [1, 1]
 
 
 def test_drawn_tokens_follow_the_seed_and_neither_speculation_nor_neighbours(long):

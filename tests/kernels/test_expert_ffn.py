@@ -102,6 +102,36 @@ def test_grouped_equals_reference_with_fewer_slots_than_a_block(tokens):
   parity.assert_close(_grouped(ids_TK, inputs), _reference(ids_TK, inputs))
 
 
+def _value(implementation, ids_TK, inputs):
+  run = jax.jit(functools.partial(expert_ffn, implementation=implementation))
+  return run(inputs[0], jnp.asarray(ids_TK, jnp.int32), *inputs[1:-1])
+
+
+@pytest.mark.parametrize('implementation', ['packed', 'each'])
+@pytest.mark.parametrize('ids_TK', [*map(_some_absent, (1, 16, 65)), *_LOADS.values()])
+def test_those_for_few_rows_equal_reference_whatever_the_load(implementation, ids_TK):
+  inputs = _inputs(len(ids_TK))
+  y_TD = _value(implementation, ids_TK, inputs)
+  parity.assert_close(y_TD, _value('reference', ids_TK, inputs))
+
+
+def test_packed_gives_a_row_the_same_bits_whatever_else_is_there():
+  inputs, ids_TK = _inputs(48), _some_absent(48)
+  y_TD = _value('packed', ids_TK, inputs)
+  crowded_TK = np.where(np.arange(48)[:, None] < 24, ids_TK, ids_TK[:1])
+  crowded_TD = _value('packed', crowded_TK, inputs)
+  np.testing.assert_array_equal(y_TD[:24], crowded_TD[:24])
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'expected'), [(1, 'each'), (_E // 2, 'packed'), (128, 'packed'), (129, 'xla')]
+)
+def test_fastest_is_one_of_them_by_the_rows(tokens, expected):
+  inputs, ids_TK = _inputs(tokens), _some_absent(tokens)
+  fastest_TD = _value('fastest', ids_TK, inputs)
+  np.testing.assert_array_equal(fastest_TD, _value(expected, ids_TK, inputs))
+
+
 @pytest.mark.parametrize('load', ['uniform', 'one_beside_block_borders', 'some_choices_absent'])
 def test_grouped_in_bf16_is_close_to_the_reference_in_fp32(load):
   inputs = _inputs(640, 'bfloat16')
@@ -124,5 +154,5 @@ def test_absent_choices_give_nothing_and_get_no_gradient():
 def test_unknown_implementation_is_refused_by_name():
   x_TD, weight_TK, *experts, _ = _inputs(2)
   ids_TK = jnp.zeros((2, 2), jnp.int32)
-  with pytest.raises(ValueError, match="implementation = 'cuda': must be 'xla' or 'reference'"):
+  with pytest.raises(ValueError, match="implementation = 'cuda': must be 'xla'"):
     expert_ffn(x_TD, ids_TK, weight_TK, *experts, implementation='cuda')

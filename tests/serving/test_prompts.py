@@ -13,7 +13,7 @@ from shell import ROOT
 
 from dsv3_jax import serve
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference.engine import Request
+from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.sampling import GREEDY, Sampling
 from dsv3_jax.serving import wire
 

@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax import compat
 
-_LARGE, _SMALL = 512, 128
+_LARGE, SMALL = 512, 128
 
 
 class _Groups:
@@ -43,7 +43,7 @@ class _Groups:
     self.num_experts = num_experts
     self.choices = ids_TK.size if bound is None else min(bound, ids_TK.size)
     # No more rows in a small block than there are choices: decode has few.
-    self.small = min(_SMALL, 1 << (self.choices - 1).bit_length())
+    self.small = min(SMALL, 1 << (self.choices - 1).bit_length())
     self.slots = self.choices + self.small  # a last block may run over
     self.starts_e = edges[:-1].astype(jnp.int32)
     self.sizes_e = jnp.diff(edges).astype(jnp.int32)

@@ -12,7 +12,7 @@ from jax import lax
 from dsv3_jax import compat
 from dsv3_jax.kernels.mla_decode.entries import PAGE, unpack
 
-_PAGES = 4  # of a block: enough rows for a matmul, little waste behind a short context
+_PAGES = 2  # of a block: enough rows for a matmul, little waste behind a short context
 _FAR = -1e30  # finite: exp(-inf - -inf) would be NaN
 
 
@@ -35,7 +35,7 @@ def mla_decode(
   zeros = lambda size: compat.zeros_like_varying((B, L * N, size), jnp.float32, *like)
 
   def block(i, carry):
-    out_BZC, sum_BZ1, max_BZ1 = carry
+    out_BZX, sum_BZ1, max_BZ1 = carry
     page_Bj = lax.dynamic_slice_in_dim(table_BJ, i * pages, pages, axis=1)
     entry_Bmx = pages_PMX.at[page_Bj].get(mode='clip').reshape(B, pages * PAGE, -1)
     key_BmX = unpack(entry_Bmx, rank, q_BLNX.dtype)
@@ -49,18 +49,19 @@ def mla_decode(
     new_max = jnp.maximum(max_BZ1, jnp.max(score_BZm, axis=2, keepdims=True))
     shrink_BZ1 = jnp.exp(max_BZ1 - new_max)
     prob_BZm = jnp.where(seen_BZm, jnp.exp(score_BZm - new_max), 0)
-    part_BZC = jnp.einsum(
-      'BZm,BmC->BZC',
+    # All of an entry, though its key is not wanted: a latent cut out of it would be a copy of the block.
+    part_BZX = jnp.einsum(
+      'BZm,BmX->BZX',
       prob_BZm.astype(q_BLNX.dtype),
-      key_BmX[..., :rank],
+      key_BmX,
       preferred_element_type=jnp.float32,
     )
     new_sum = sum_BZ1 * shrink_BZ1 + jnp.sum(prob_BZm, axis=2, keepdims=True)
-    return out_BZC * shrink_BZ1 + part_BZC, new_sum, new_max
+    return out_BZX * shrink_BZ1 + part_BZX, new_sum, new_max
 
   blocks = (jnp.max(positions_BL) + pages * PAGE) // (pages * PAGE)
-  start = zeros(rank), zeros(1), zeros(1) + _FAR
-  out_BZC, sum_BZ1, max_BZ1 = lax.fori_loop(0, blocks, block, start)
+  start = zeros(X), zeros(1), zeros(1) + _FAR
+  out_BZX, sum_BZ1, max_BZ1 = lax.fori_loop(0, blocks, block, start)
   lse_BZ = jnp.where(sum_BZ1 > 0, max_BZ1 + jnp.log(sum_BZ1), -jnp.inf)
-  out_BZC = out_BZC / jnp.where(sum_BZ1 > 0, sum_BZ1, 1)
+  out_BZC = out_BZX[..., :rank] / jnp.where(sum_BZ1 > 0, sum_BZ1, 1)
   return out_BZC.astype(q_BLNX.dtype).reshape(B, L, N, rank), lse_BZ.reshape(B, L, N)
