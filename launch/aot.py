@@ -7,7 +7,8 @@
 
 Targets are those of `dsv3_jax/pods.py`: v5p:8x16x16, tpu7x:8x8x16, v6e:16x16, h200:256x8, slices behind a
 comma. The compiler is the chip maker's own; no chip is needed, only the extra [tpu] or [cuda]. With one of
-them installed, start with JAX_PLATFORMS=cpu. `--programs` picks train, prefill and decode, `--rows` the
+them installed, start with JAX_PLATFORMS=cpu. The flags that a run gets count here too, where they are set:
+`PLATFORM=tpu; . launch/environment.sh` before. `--programs` picks train, prefill and decode, `--rows` the
 sequences of a device in the last two, `--options` compiler options (name=value, by commas).
 
 A page per program: bytes per device against its memory; products of a device and the model's share of

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -183,6 +184,43 @@ def test_a_program_for_a_pod_is_kept_in_no_cache_where_it_could_not_be_read_back
 def test_with_asynchronous_permutes_switched_off_nothing_is_beside_them(target, option, off):
   found = hlo.overlaps(_hops(target, **{option: off}))
   assert found and not any(each.asynchronous or each.matmuls for each in found)
+
+
+def _launch_flags(platform: str, variable: str) -> dict[str, str]:
+  """Compiler options that `launch/environment.sh` exports."""
+  script = pathlib.Path(__file__).parents[1] / 'launch' / 'environment.sh'
+  told = subprocess.run(
+    ['bash', '-c', f'. {script} && printf %s "${variable}"'],
+    env={'PATH': os.environ['PATH'], 'PLATFORM': platform},
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  return dict(flag.removeprefix('--').split('=') for flag in told.split())
+
+
+def _gather(target: str, **options: str) -> list[hlo.Overlap]:
+  """A weight is made whole beside a product that does not need it."""
+  grid = pods.make_mesh(config.Mesh(data=8), target)
+
+  def layer(x_TD, w_dD, v_DD):
+    return (x_TD @ v_DD) @ lax.all_gather(w_dD, 'data', axis=0, tiled=True)
+
+  spec, part = P('data'), NamedSharding(grid, P('data'))
+  mapped = jax.shard_map(layer, mesh=grid, in_specs=(spec, spec, P()), out_specs=spec)
+  shape = lambda n, at: jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16, sharding=at)
+  whole = NamedSharding(grid, P())
+  lowered = jax.jit(mapped).lower(shape(8 * 2048, part), shape(4096, part), shape(4096, whole))
+  found = hlo.overlaps(pods.compile(lowered, target, **options).as_text())
+  return [each for each in found if each.kind == 'all-gather']
+
+
+@needs_tpu
+def test_a_gather_on_v5p_has_a_product_beside_it_with_the_flags_of_the_launchers_alone():
+  flags = _launch_flags('tpu', 'LIBTPU_INIT_ARGS')
+  (beside,), (alone,) = _gather('v5p:2x2x2', **flags), _gather('v5p:2x2x2')
+  assert beside.asynchronous and beside.matmuls
+  assert not alone.asynchronous
 
 
 @needs_gpu
