@@ -8,7 +8,8 @@ All sides of a comparison take turns in one process, and the ratio of a turn is 
 a shared machine only ratios within one run mean anything. `peer` wants the extra [parity].
 
 `context` decodes one sequence with caches that are filled with zeros, which take as long as others, of a
-model of 4 layers, 16 heads and V3's rule for all else. `peer` decodes greedily to a fixed length, all sides
+model of 4 layers, 16 heads and V3's rule for all else, YaRN at the lengths that ask for it. An expanded cache
+of more than 4 GB, as at 128K, is left out: on most machines it would not fit beside anything else. `peer` decodes greedily to a fixed length, all sides
 in FP32: the engine without drafts, and with one by the MTP module where the weights have it; transformers' fastest expert implementation and number of threads are found first
 and taken: on cores with other work OpenMP, which waits for its slowest thread, may be faster with one.
 """
@@ -47,6 +48,7 @@ from dsv3_jax.training.checkpoint import CheckpointError
 
 _PROMPT = 64  # tokens
 _STEPS = 8  # of decoding in one call
+_MOST_BYTES = 4e9  # of an expanded cache that is measured
 
 
 # ---- context -------------------------------------------------------------------------------------
@@ -103,10 +105,9 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
   found = []
   for n in contexts:
     pages = -(-n // PAGE)
-    sides = {
-      'latent': (latent_step(decoder, n, c.model.vocab_size), decoder.empty(pages)),
-      'expanded': (each, expanded.empty(c.model, 1, n)),
-    }
+    sides = {'latent': (latent_step(decoder, n, c.model.vocab_size), decoder.empty(pages))}
+    if n * expanded.bytes_per_token(c.model) <= _MOST_BYTES:
+      sides['expanded'] = each, expanded.empty(c.model, 1, n)
     bytes_ = {
       name: sum(x.nbytes for x in jax.tree.leaves(cache)) for name, (_, cache) in sides.items()
     }
@@ -121,16 +122,16 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
         if turn:  # the first one compiles
           seconds[name].append((time.perf_counter() - start) / args.steps)
         sides[name] = step, cache
-    ratios = [b / a for a, b in zip(seconds['latent'], seconds['expanded'], strict=True)]
-    found.append(
-      {
-        'context': n,
-        'ms_per_token': {name: 1000 * statistics.median(s) for name, s in seconds.items()},
-        'expanded_over_latent': _spread(ratios),
-        'cache_bytes': bytes_,
-        'memory_ratio': bytes_['expanded'] / bytes_['latent'],
-      }
-    )
+    told = {
+      'context': n,
+      'ms_per_token': {name: 1000 * statistics.median(s) for name, s in seconds.items()},
+      'cache_bytes': bytes_,
+    }
+    if 'expanded' in sides:
+      ratios = [b / a for a, b in zip(seconds['latent'], seconds['expanded'], strict=True)]
+      told['expanded_over_latent'] = _spread(ratios)
+      told['memory_ratio'] = bytes_['expanded'] / bytes_['latent']
+    found.append(told)
     print(json.dumps(found[-1]), file=sys.stderr)
     del sides, step, cache
   formula = expanded.bytes_per_token(c.model) / decoder.empty(1).bytes_per_token
@@ -363,7 +364,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   each = parser.add_subparsers(dest='what', required=True)
   one = each.add_parser('context')
   one.set_defaults(measure=context)
-  one.add_argument('--contexts', default='1024,8192,32768', help='tokens (%(default)s)')
+  one.add_argument('--contexts', default='1024,8192,32768,131072', help='tokens (%(default)s)')
   one.add_argument('--steps', type=int, default=4, help='of a side in its turn (%(default)s)')
   one.add_argument('--turns', type=int, default=5, help='(%(default)s)')
   one = each.add_parser('peer')

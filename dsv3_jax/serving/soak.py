@@ -19,7 +19,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import random
 import re
@@ -35,8 +34,8 @@ from typing import Any
 
 from dsv3_jax import console
 from dsv3_jax.config import ConfigError
+from dsv3_jax.serving.own import HOST, own_server
 
-_HOST = '127.0.0.1'
 _BODY_BYTES = 20_000
 _PAUSE_S = 0.05  # of a client between two things, on average
 _MOST_FAULTS = 20  # that are told
@@ -142,7 +141,7 @@ async def _malformed(port: int, r: random.Random, tally: Tally) -> str:
 
 
 async def _no_http(port: int, r: random.Random, tally: Tally) -> str:
-  reader, writer = await asyncio.open_connection(_HOST, port)
+  reader, writer = await asyncio.open_connection(HOST, port)
   try:
     writer.write(r.randbytes(200) + b'\r\n\r\n')
     await writer.drain()
@@ -196,9 +195,9 @@ async def _posted(
 ) -> Any:
   """A connection that has sent a POST, `sent` bytes of its body; one that ends before is not at fault."""
   length = len(body) if length is None else length
-  reader, writer = await asyncio.open_connection(_HOST, port)
+  reader, writer = await asyncio.open_connection(HOST, port)
   try:
-    head = f'POST {path} HTTP/1.1\r\nhost: {_HOST}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n'
+    head = f'POST {path} HTTP/1.1\r\nhost: {HOST}\r\ncontent-length: {length}\r\nconnection: close\r\n\r\n'
     with contextlib.suppress(ConnectionError):  # it may refuse before it has read all
       writer.write(head.encode() + body[:sent])
       await writer.drain()
@@ -223,9 +222,9 @@ async def _answer(reader: _Reader) -> tuple[int, bytes]:
 
 
 async def _metrics(port: int) -> dict[str, float]:
-  reader, writer = await asyncio.open_connection(_HOST, port)
+  reader, writer = await asyncio.open_connection(HOST, port)
   try:
-    writer.write(f'GET /metrics HTTP/1.1\r\nhost: {_HOST}\r\nconnection: close\r\n\r\n'.encode())
+    writer.write(f'GET /metrics HTTP/1.1\r\nhost: {HOST}\r\nconnection: close\r\n\r\n'.encode())
     _, text = await _answer(reader)
   finally:
     await _close(writer)
@@ -241,31 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-  with socket.socket() as s:
-    s.bind((_HOST, 0))
-    port = s.getsockname()[1]
-  flags = [f'--host={_HOST}', f'--port={port}', f'--body_bytes={_BODY_BYTES}']
-  flags += [f'--slots={args.slots}', f'--waiting={args.waiting}']
-  environment = {k: v for k, v in os.environ.items() if k != 'DSV3_API_KEY'}
-  command = [sys.executable, '-m', 'dsv3_jax.serve', args.workdir, *flags]
-  with subprocess.Popen(command, env=environment) as server:
-    try:
-      tally = asyncio.run(_load(args, server, port))
-    finally:
-      server.send_signal(signal.SIGTERM)
-      try:
-        code = server.wait(timeout=60)
-      except subprocess.TimeoutExpired:
-        server.kill()
-        code = 'no end'
-  if code != -signal.SIGTERM:
-    tally.faults.append(f'at SIGTERM the server ended with {code}')
+  flags = [f'--slots={args.slots}', f'--waiting={args.waiting}', f'--body_bytes={_BODY_BYTES}']
+  with own_server(args.workdir, flags) as (server, port):
+    tally = asyncio.run(_load(args, server, port))
+  if server.returncode != -signal.SIGTERM:
+    tally.faults.append(f'at SIGTERM the server ended with {server.returncode}')
   print(json.dumps(_figures(args, tally), indent=2))
   return 1 if tally.faults else 0
 
 
 async def _load(args: argparse.Namespace, server: subprocess.Popen, port: int) -> Tally:
-  await _started(server, port)
   tally = Tally()
   start = time.monotonic()
   end = start + args.seconds
@@ -290,18 +274,6 @@ async def _load(args: argparse.Namespace, server: subprocess.Popen, port: int) -
   if growth > args.growth:
     tally.faults.append(f'memory grew by {growth:.1%}')
   return tally
-
-
-async def _started(server: subprocess.Popen, port: int) -> None:
-  for _ in range(1200):
-    try:
-      await _metrics(port)
-      return
-    except ConnectionRefusedError:
-      if server.poll() is not None:
-        raise ConfigError(f'the server ended with {server.returncode}') from None
-      await asyncio.sleep(0.1)
-  raise ConfigError('the server does not listen after 2 minutes')
 
 
 def _rss(pid: int) -> int:

@@ -12,7 +12,8 @@ from jax import lax
 from dsv3_jax import compat
 from dsv3_jax.kernels.mla_decode.entries import PAGE, unpack
 
-_PAGES = 2  # of a block: enough rows for a matmul, little waste behind a short context
+# Pages of a block: little waste behind a short context, few rounds over a long one.
+_LEAST, _MOST = 2, 8
 _FAR = -1e30  # finite: exp(-inf - -inf) would be NaN
 
 
@@ -27,7 +28,8 @@ def mla_decode(
 ) -> tuple[jax.Array, jax.Array]:
   B, L, N, X = q_BLNX.shape
   q_BZX = q_BLNX.reshape(B, L * N, X)
-  pages = min(_PAGES, table_BJ.shape[1])
+  J = table_BJ.shape[1]
+  pages = min(J, max(_LEAST, min(_MOST, J // 32)))
   table_BJ = jnp.pad(table_BJ, ((0, 0), (0, -table_BJ.shape[1] % pages)))
   position_BZ1 = jnp.repeat(positions_BL, N, axis=1)[..., None]
   last_B1 = jnp.max(positions_BL, axis=1, keepdims=True)
