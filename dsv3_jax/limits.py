@@ -22,6 +22,7 @@ _CHOICES = {
   'optimizer.moments': ('bf16', 'fp32'),
   'mesh.zero': (0, 1, 3),
   'pipeline.executor': ('uniform', 'mpmd'),
+  'pipeline.weight_part': ('deferred', 'at_once'),
 }
 _MAY_BE_ZERO = {
   'model.num_dense_layers', 'model.mtp_depth', 'model.mla.q_rank', 'model.moe.num_shared',
@@ -149,6 +150,9 @@ def _check_pipeline(c: Config, want: Callable[[bool, str, str], None]) -> None:
   want(
     c.mesh.zero == 1, 'mesh.zero', 'be 1 with mesh.pipe > 1: stages are gathered from a split state'
   )
+  uniform = "be 'deferred' with pipeline.executor='mpmd', whose order has places for it"
+  deferred = c.pipeline.weight_part == 'deferred'
+  want(deferred or c.pipeline.executor == 'uniform', 'pipeline.weight_part', uniform)
   alone = 'be False with mesh.pipe > 1, where forward and backward overlap'
   want(not m.dual_batch, 'model.dual_batch', alone)
   count, ways = b.size // b.micro_size, c.mesh.data * c.mesh.node * c.mesh.local

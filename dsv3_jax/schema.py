@@ -153,6 +153,9 @@ class Pipeline:
   # 'uniform': one program, all ranks the same kind of thing at a time | 'mpmd': DualPipe's own order (3.2.1),
   # each rank programs of its own
   executor: str = 'uniform'
+  # of 'uniform', where gradients of weights that idle moments could make wait for: 'deferred', the end, in
+  # buffers | 'at_once', nothing: less memory, PP/2 - 1 weight parts more
+  weight_part: str = 'deferred'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ from dsv3_jax import config, counts, flags, lowering, pods, runtime
 from dsv3_jax.codesign import compute, hardware, hlo, traffic
 from dsv3_jax.parallel import dispatch, plan, wire
 from dsv3_jax.precision import recipe
+from dsv3_jax.training import pipelined
 
 _TARGET = absl_flags.DEFINE_string('target', '', 'the pod, like v5p:8x16x16 or h200:256x8')
 _PROGRAMS = absl_flags.DEFINE_list('programs', ['train', 'prefill', 'decode'], 'which to compile')
@@ -164,7 +165,7 @@ def _page(c, name, device_mesh, target, options) -> Page:
   moved = written.moved
   exact = _exchange(c, program, name)
   if exact:  # remat drops parts of what is written: the plan says what is left
-    moved = [each for each in moved if each.kind != 'exchange'] + exact
+    moved = [each for each in moved if each.kind != 'exchange' or each.axes == ('pipe',)] + exact
   began = time.monotonic()
   compiled = pods.compile(program.traced.lower(), target, **options)
   seconds = time.monotonic() - began
@@ -252,22 +253,36 @@ def _expert_flops(c: config.Config, name: str, tokens: float) -> float:
   """Of routed experts under even routing; `remat='block'` multiplies forward twice."""
   layers = c.model.num_layers - c.model.num_dense_layers
   layers += c.model.mtp_depth if name == 'train' else 0
+  if name == 'train' and c.mesh.pipe > 1:
+    runs, layers = _ticks(c)
+    tokens = runs * _device_tokens(c)
   passes = 1 if name != 'train' else 4 if c.model.remat == 'block' else 3
   return 2.0 * passes * tokens * c.model.moe.top_k * layers * counts.expert_parameters(c.model)
+
+
+def _device_tokens(c: config.Config) -> int:
+  """Of a micro-batch."""
+  return c.batch.micro_size // (c.mesh.data * c.mesh.node * c.mesh.local) * c.batch.seq_len
+
+
+def _ticks(c: config.Config) -> tuple[int, int]:
+  """Forwards of a rank of a pipeline in a step, those that are masked too, and layers with experts in each."""
+  s = pipelined.arrange(c)
+  layers = sum(s.may_be_moe(place) for place in range(s.places))
+  return s.stages + c.batch.size // c.batch.micro_size - 2, layers
 
 
 def _exchange(c: config.Config, program: lowering.Program, name: str) -> list[traffic.Moved]:
   """What permutes of the train step hand on, by the plan; nothing for other forms and programs.
 
   Of a scanned layer remat sends tokens out again under 'block'; of an MTP module, whose output the
-  backward reads once more, also back.
+  backward reads once more, also back. A rank of a pipeline sends in every tick, masked or not.
   """
   form, _ = dispatch.choose(c.model.moe, c.mesh.node, c.mesh.local)
   if form not in ('two_hop', 'flat') or name != 'train':
     return []
   halves = 2 if c.model.dual_batch else 1
-  devices = c.mesh.data * c.mesh.node * c.mesh.local
-  tokens = c.batch.micro_size // devices // halves * c.batch.seq_len
+  tokens = _device_tokens(c) // halves
   p = plan.make(c.model.moe, form, tokens, c.mesh.node, c.mesh.local)
   dim, dtype = c.model.dim, recipe.compute_dtype(c.model.precision)
   there, back = p.bytes(dim, dtype), p.bytes(dim, dtype, backward=True)
@@ -276,11 +291,13 @@ def _exchange(c: config.Config, program: lowering.Program, name: str) -> list[tr
   again = {'none': 0.0, 'latents': 0.0, 'block': 1 - home}[c.model.remat]
   further = {'none': 0.0, 'latents': home, 'block': 1.0}[c.model.remat]
   runs = program.outermost * halves
-  scanned = c.model.num_layers - c.model.num_dense_layers
+  scanned, mtp = c.model.num_layers - c.model.num_dense_layers, c.model.mtp_depth
+  if c.mesh.pipe > 1:
+    (runs, scanned), mtp = _ticks(c), 0
   found = []
   for axis in ('node', 'local') if form == 'two_hop' else ():
     size = scanned * (there[axis] * (1 + again) + back[axis])
-    size += c.model.mtp_depth * (there[axis] * (1 + further) + back[axis])
+    size += mtp * (there[axis] * (1 + further) + back[axis])
     found.append(traffic.Moved('exchange', (axis,), 2, runs * size, 'ppermute'))
   return found
 

@@ -306,6 +306,10 @@ def test_a_placeholder_that_was_filled_counts_as_its_value():
       'micro-batches, not 1',
     ),
     (
+      {'mesh.pipe': 2, 'pipeline.executor': 'mpmd', 'pipeline.weight_part': 'at_once'},
+      "pipeline.weight_part = 'at_once': must be 'deferred' with pipeline.executor='mpmd'",
+    ),
+    (
       {'mesh.pipe': 2, 'mesh.data': 4},
       'batch.micro_size = 8: must divide a larger batch.size, at least 16: mesh.pipe = 2 wants an '
       'even number of at least 4 micro-batches, not 1',

@@ -51,7 +51,10 @@ def gradients(
   """
   s = arrange(c)
   weights, given, x_bLD = begin(c, at, state, tokens_AbX, count, mtp_weight)
-  return end(c, at, *executor.run(s.stages, len(tokens_AbX), stage(c), weights, given, x_bLD))
+  deferred = c.pipeline.weight_part == 'deferred'
+  micro_batches = len(tokens_AbX)
+  found = executor.run(s.stages, micro_batches, stage(c), weights, given, x_bLD, deferred=deferred)
+  return end(c, at, *found)
 
 
 def streams(c: config.Config, device_mesh: jax.sharding.Mesh) -> mpmd.Streams:

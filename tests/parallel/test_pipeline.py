@@ -173,11 +173,13 @@ def test_backward_in_two_parts_is_the_backward_and_its_weight_part_sends_nothing
     params, bias, x_BLD, dy_BLD = vary((params, bias, x_BLD, dy_BLD), AXES)
     parts = split(f, params, bias, x_BLD)
     (y_BLD, balance), counts_E, kept = parts.forward(params, bias, x_BLD)
-    dys = dy_BLD, jnp.ones_like(balance)
+    kept, dys = vary(kept, AXES), (dy_BLD, jnp.ones_like(balance))  # as slots give them back
     dx_BLD, crossing = parts.input(params, bias, kept, dys)
     got = y_BLD, counts_E, parts.weight(params, bias, kept, crossing), dx_BLD
     (y_BLD, _), pull, counts_E = jax.vjp(lambda p, x: f(p, bias, x), params, x_BLD, has_aux=True)
     seen['parts'] = [str(p.equations) for p in (parts._input, parts._weight)]
+    loops = [e for e in parts._weight.equations if e.primitive.name == 'scan']
+    seen['loops'] = [[v.aval.shape for v in e.outvars] for e in loops]
     seen['whole'] = str(jax.make_jaxpr(lambda dys: pull(dys))(dys))
     seen['kept'] = [k.shape for k in kept]
     return jax.tree.map(lambda x: x[None], (got, (y_BLD, counts_E, *pull(dys))))
@@ -193,6 +195,9 @@ def test_backward_in_two_parts_is_the_backward_and_its_weight_part_sends_nothing
   (of_input, of_weight), sent = seen['parts'], ('ppermute', 'psum', 'all_gather', 'reduce_scatter')
   assert 'ppermute' in of_input and not any(name in of_weight for name in sent)
   dots = [text.count(' = dot_general[') for text in (of_input, of_weight, seen['whole'])]
+  # The loop over experts of the first round; further ones are exchanges, and stay whole.
+  gate = (c.moe.num_experts // 2, c.dim, c.moe.expert_dim)
+  assert [outs.count(gate) for outs in seen['loops']] == [2], "experts' gradients do not wait"
   assert min(dots) > 0 and dots[0] + dots[1] == dots[2], 'something is computed twice'
   weights = {x.shape for x in jax.tree.leaves(params) if x.ndim > 1}
   assert not weights & set(seen['kept'])

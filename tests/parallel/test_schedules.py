@@ -97,6 +97,10 @@ def test_uniform_ticks_equal_their_closed_form_and_are_a_schedule():
     )
     assert uniform.makespan(stages, micro) - 3 * micro == 2.5 * stages - 5
     simulate.simulate(uniform.as_schedule(stages, micro))
+    assert uniform.makespan(stages, micro, costs, deferred=False) == pytest.approx(
+      uniform.formula(stages, micro, costs, deferred=False)
+    )
+    assert uniform.makespan(stages, micro, deferred=False) - 3 * micro == 3 * stages - 6
 
 
 def test_uniform_waits_for_other_ranks_results_until_the_tick_after():
@@ -111,11 +115,12 @@ def test_uniform_waits_for_other_ranks_results_until_the_tick_after():
         done |= dict.fromkeys(simulate._results(op), k)
 
 
+@pytest.mark.parametrize('deferred', [True, False])
 @pytest.mark.parametrize('stages, micro', [(2, 4), (4, 8), (4, 14), (8, 20), (16, 32)])
-def test_every_value_is_still_in_its_slot_when_it_is_read(stages, micro):
+def test_every_value_is_still_in_its_slot_when_it_is_read(stages, micro, deferred):
   """Plays the tables: what is read must be what was put there for it; nothing is overwritten before."""
-  t = uniform.tables(stages, micro)
-  assert t.kept <= stages + 1
+  t = uniform.tables(stages, micro, deferred=deferred)
+  assert t.kept <= stages + 1 and t.deferred == (stages // 2 + 1 if deferred else 0)
   kept, inputs, gradients, ctx = ({} for _ in range(4))
   for k, kind in enumerate(t.kinds):
     col = {name: x[k] for name, x in t.columns.items()}

@@ -62,13 +62,20 @@ class Stage:
 
 
 def run(
-  stages: int, micro_batches: int, stage: Stage, weights: Weights, given: Any, x: jax.Array
+  stages: int,
+  micro_batches: int,
+  stage: Stage,
+  weights: Weights,
+  given: Any,
+  x: jax.Array,
+  *,
+  deferred: bool = True,
 ) -> tuple[jax.Array, Any, Weights]:
   """This rank's shares of the loss, of the statistics (leaves [2, ...], by route), FP32 gradients.
 
-  `x` is like an activation.
+  `x` is like an activation; `deferred`: `uniform.ticks`.
   """
-  t = tables(stages, micro_batches)
+  t = tables(stages, micro_batches, deferred=deferred)
   rank = lax.axis_index(PIPE)
   weights, given, x = vary((weights, given, x), AXES)
   parts = stage.split(weights.of(vary(jnp.int32(0), AXES)), given, x)
@@ -80,7 +87,7 @@ def run(
     'kept': slots(t.kept, parts.kept),
     'inputs': slots(t.inputs + 1, x),
     'gradients': slots(t.gradients + 1, x),
-    'crossing': slots(t.deferred + 1, parts.crossing),
+    'crossing': slots(t.deferred + 1 if deferred else 0, parts.crossing),
     'totals': jax.tree.map(fp32, weights),
     'loss': vary(jnp.float32(0), AXES),
     'statistics': slots(2, parts.others),
@@ -93,7 +100,13 @@ def run(
   for kind, group in itertools.groupby(t.kinds):
     count = len(list(group))
     rows = {name: column[done : done + count] for name, column in columns.items()}
-    body = {'F': ticks.forward, 'FB': ticks.both, 'I': ticks.input, 'W': ticks.weight}[kind]
+    body = {
+      'F': ticks.forward,
+      'FB': ticks.both,
+      'B': ticks.backward,
+      'I': ticks.input,
+      'W': ticks.weight,
+    }[kind]
     carry = lax.scan(lambda carry, row, body=body: (body(carry, row), None), carry, rows)[0]
     done += count
   return carry['loss'], carry['statistics'], carry['totals']
@@ -120,10 +133,10 @@ class _Ticks:
     held, kept, dy = lax.optimization_barrier(({n: carry[n] for n in names}, kept, dy))
     carry = carry | held
     ahead = self._forward(carry, row)
-    weights, constants, on, route = self._of(row, 'b')
-    dweights, dx = self.parts.backward(weights, constants, kept, dy)
-    carry = self._keep(carry, row, ahead)
-    return self._send(self._add(carry, route, on, dweights), row, 'b', 'gradients', dx)
+    return self._backward(carry, row, kept, dy, lambda carry: self._keep(carry, row, ahead))
+
+  def backward(self, carry: Any, row: Any) -> Any:
+    return self._backward(carry, row, *self._before(carry, row), lambda carry: carry)
 
   def input(self, carry: Any, row: Any) -> Any:
     kept, dy = self._before(carry, row)
@@ -148,6 +161,12 @@ class _Ticks:
   def _forward(self, carry: Any, row: Any) -> Any:
     weights, constants, _, _ = self._of(row, 'f')
     return self.parts.forward(weights, constants, _at(carry['inputs'], row['f_from']))
+
+  def _backward(self, carry: Any, row: Any, kept: Any, dy: Any, before: Any) -> Any:
+    weights, constants, on, route = self._of(row, 'b')
+    dweights, dx = self.parts.backward(weights, constants, kept, dy)
+    carry = self._add(before(carry), route, on, dweights)
+    return self._send(carry, row, 'b', 'gradients', dx)
 
   def _keep(self, carry: Any, row: Any, ahead: Any) -> Any:
     (y, loss), statistics, kept = ahead

@@ -6,7 +6,8 @@ layer's output) are handed from one to the other. No equation is in both: nothin
 are on the way to the input's gradient, so the weight part has no collective and may stand anywhere.
 
 What must be one equation for the cut is left whole: a loop or a branch that makes gradients of both kinds goes
-to the input part. Rematerialised regions are opened, and what they recompute for both parts is recomputed once.
+to the input part: an exchange's further rounds, and what stands in branches, heads and dense FFNs. Experts of
+the first round walk their rows twice, so that their weights' gradients are a loop of their own. Rematerialised regions are opened, and what they recompute for both parts is recomputed once.
 
 Kept from forward to backward: what depends on the input. What follows from weights and constants alone (a cast,
 a reshape, a table of positions) is made again, so that slots of activations hold no weights.
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from dsv3_jax.compat import vary
+from dsv3_jax.compat import vary, vary_like
 
 # Equations that stand for the equations in them.
 _OPENED = {'jit': 'jaxpr', 'pjit': 'jaxpr', 'remat2': 'jaxpr', 'checkpoint': 'jaxpr'}
@@ -204,9 +205,11 @@ def _run_opened(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Any]) 
 
 def _bind(equation: Any, values: Sequence[Any]) -> Sequence[Any]:
   primitive = equation.primitive
+  # What executors keep comes back varying over all axes: it may be so already, and a literal beside it is not.
   if primitive.name == 'pvary':
-    # What executors keep comes back varying over all axes: it may be so already.
     return [vary(v, equation.params['axes']) for v in values]
+  if not list(core.jaxprs_in_params(equation.params)):
+    values = vary_like(list(values), *values)
   outs = primitive.bind(*values, **primitive.get_bind_params(equation.params))
   return outs if primitive.multiple_results else [outs]
 

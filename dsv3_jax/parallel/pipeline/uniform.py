@@ -12,6 +12,9 @@ last one then has PP/2 - 1 ranks before it: M + PP - 2 ticks with a forward. The
 and M have a weight part. The other PP/2 - 1 are weight parts: middle ranks have none yet in the first pairs.
 An order for four ranks does without, yet with at least two pairs fewer; where a pair saves a fifth, this one is the
 shortest there is (searched through for four mirrored ranks, `tests/parallel/test_uniform_bound.py`).
+
+Deferred weight parts wait in PP/2 + 1 buffers, of all that they need beside the activations. Without them
+(`deferred=False`) the last input gradients are whole backwards: PP/2 - 1 weight parts more, and no buffer.
 """
 
 import dataclasses
@@ -24,11 +27,11 @@ from dsv3_jax.parallel.pipeline.simulate import UNIT, Costs
 
 
 class Tick(NamedTuple):
-  kind: str  # 'F' | 'FB' | 'I' | 'W', the same on all ranks
+  kind: str  # 'F' | 'FB' | 'B' | 'I' | 'W', the same on all ranks
   ops: tuple[Op | None, ...]  # for each rank; an 'FB' may hold an F or a B alone
 
 
-def ticks(stages: int, micro_batches: int) -> list[Tick]:
+def ticks(stages: int, micro_batches: int, *, deferred: bool = True) -> list[Tick]:
   """Greedy: every rank takes the oldest work that is there, the route that is behind first."""
   check('uniform', stages, micro_batches)
   state, out = _State(stages, micro_batches // 2), []
@@ -38,7 +41,7 @@ def ticks(stages: int, micro_batches: int) -> list[Tick]:
   while not state.all_forward:
     out.append(state.tick('FB'))
   while not state.all_done:
-    tick = state.tick('I')
+    tick = state.tick('I' if deferred else 'B')
     out.append(tick if any(tick.ops) else state.tick('W'))
   return out
 
@@ -115,15 +118,20 @@ def as_schedule(stages: int, micro_batches: int) -> Schedule:
   return Schedule('uniform', stages, micro_batches, (there, there[::-1]), streams)
 
 
-def makespan(stages: int, micro_batches: int, costs: Costs = UNIT) -> float:
-  """All ticks, each as long as its kind takes: PP F + (M - 2) F&B + PP I + (PP/2 + 1) W."""
-  return sum(costs.of(tick.kind) for tick in ticks(stages, micro_batches))
+def makespan(
+  stages: int, micro_batches: int, costs: Costs = UNIT, *, deferred: bool = True
+) -> float:
+  """All ticks, each as long as its kind takes: PP F + (M - 2) F&B + PP I + (PP/2 + 1) W, or PP W."""
+  return sum(costs.of(tick.kind) for tick in ticks(stages, micro_batches, deferred=deferred))
 
 
-def formula(stages: int, micro_batches: int, costs: Costs = UNIT) -> float:
+def formula(
+  stages: int, micro_batches: int, costs: Costs = UNIT, *, deferred: bool = True
+) -> float:
   c = costs
   steady = (micro_batches - 2) * c.overlap
-  return stages * (c.forward + c.input) + steady + (stages // 2 + 1) * c.weight
+  weights = stages // 2 + 1 if deferred else stages
+  return stages * (c.forward + c.input) + steady + weights * c.weight
 
 
 # ---- where things are kept -----------------------------------------------------------------------
@@ -145,12 +153,12 @@ class Tables:
   deferred: int  # for what a deferred weight part needs beside the activations
 
 
-def tables(stages: int, micro_batches: int) -> Tables:
+def tables(stages: int, micro_batches: int, *, deferred: bool = True) -> Tables:
   """Columns: f_on, f_route, f_micro, f_slot, f_from and to_right, to_left for forwards (`f_from` the slot of
   the input, `to_*` where the neighbour's result goes that comes by that link); b_* for backwards, where `b_ctx`
   is the slot of what the weight part needs; w_* for deferred weight parts.
   """
-  rows = ticks(stages, micro_batches)
+  rows = ticks(stages, micro_batches, deferred=deferred)
   at: dict[tuple[str, Item], int] = {}
   for k, tick in enumerate(rows):
     for op in filter(None, tick.ops):
