@@ -7,7 +7,8 @@ are on the way to the input's gradient, so the weight part has no collective and
 
 What must be one equation for the cut is left whole: a loop or a branch that makes gradients of both kinds goes
 to the input part: an exchange's further rounds, and what stands in branches, heads and dense FFNs. Experts of
-the first round walk their rows twice, so that their weights' gradients are a loop of their own. Rematerialised regions are opened, and what they recompute for both parts is recomputed once.
+the first round walk their rows twice, so that their weights' gradients are loops of their own. Rematerialised
+regions are opened, and what they recompute for both parts is recomputed once.
 
 Kept from forward to backward: what depends on the input. What follows from weights and constants alone (a cast,
 a reshape, a table of positions) is made again, so that slots of activations hold no weights.
