@@ -56,8 +56,10 @@ def by_rows(
   kernel: Callable[..., None],
   operands: Sequence[jax.Array],
   outputs: Sequence[tuple[int, jnp.dtype]],
+  *,
+  inside: Callable[..., Any],
 ) -> list[jax.Array]:
-  """`kernel` on blocks of whole rows of matrices; `outputs`: their columns and types."""
+  """`kernel` on blocks of whole rows of matrices; `outputs`: their columns and types; `inside`: see `call`."""
   M = len(operands[0])
   rows = rows_of(M, 4 * max(x.shape[1] for x in operands))
   spec = lambda columns: pl.BlockSpec((rows, columns), lambda m: (m, 0))
@@ -70,6 +72,7 @@ def by_rows(
     [spec(columns) for columns, _ in outputs],
     flops=2 * operands[0].size,
     order='p',
+    inside=inside,
   )
 
 
@@ -83,6 +86,7 @@ def call(
   *,
   flops: int,
   order: str,
+  inside: Callable[..., Any],
   moved: int | None = None,
   prefetch: int = 0,
   scratch: Sequence[Any] = (),
@@ -92,7 +96,8 @@ def call(
 
   `order`: a letter per axis of the grid, 'p' for any order, 'a' for one after another. `prefetch`: so many
   of the operands are integers that the index maps read. `aliases`: operand -> output in its place. `moved`:
-  bytes, where it is not all of the operands and outputs once.
+  bytes, where it is not all of the operands and outputs once. Profiles and compiled programs call the kernel by
+  the operation `inside` of which it runs.
   """
   operands = compat.vary_like(tuple(operands), *operands)
   varying = jax.typeof(operands[0]).manual_axis_type
@@ -118,5 +123,5 @@ def call(
       vmem_limit_bytes=VMEM,
     ),
     interpret=False if compiled else pltpu.InterpretParams(),
-    name=getattr(kernel, 'func', kernel).__name__.strip('_'),
+    name=inside.__name__,
   )(*operands)

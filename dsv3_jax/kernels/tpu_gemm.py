@@ -12,6 +12,8 @@ zeros, which copies the codes once: none of V3's shapes but the 2112 of its late
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,8 @@ def dense(
   b_scale_NS: jax.Array,
   out_dtype: jnp.dtype,
   accumulate_MN: jax.Array | None = None,
+  *,
+  inside: Callable[..., Any],
 ) -> jax.Array:
   """[M, N]; `accumulate_MN`, in FP32, is added and overwritten in place where the caller lets go of it."""
   (M, K), N = a_MK.shape, b_NK.shape[0]
@@ -63,6 +67,7 @@ def dense(
     [out_spec],
     flops=2 * M * N * K,
     order='ppa',
+    inside=inside,
     scratch=[pltpu.VMEM((rows, columns), jnp.float32)],
     aliases=None if accumulate_MN is None else {4: 0},
   )[0]
@@ -91,6 +96,8 @@ def rows_by_weights(
   expert_s: jax.Array,
   rows_s: jax.Array,
   out_dtype: jnp.dtype,
+  *,
+  inside: Callable[..., Any],
 ) -> jax.Array:
   """Block s of 128 rows by weight `expert_s[s]` -> [S, N]; rows from `rows_s[s]` on give zeros.
 
@@ -125,6 +132,7 @@ def rows_by_weights(
     [pl.BlockSpec((tiles.TILE, columns), lambda n, s, k, expert, read, rows: (s, n))],
     flops=2 * S * N * K,
     order='paa',
+    inside=inside,
     prefetch=3,
     scratch=[pltpu.VMEM((tiles.TILE, columns), jnp.float32)],
   )[0]
@@ -156,6 +164,8 @@ def columns_by_columns(
   b_scale_Ns: jax.Array,
   blocks_E: jax.Array,
   accumulate_EMN: jax.Array | None,
+  *,
+  inside: Callable[..., Any],
 ) -> jax.Array:
   """Each group's columns, `blocks_E` blocks of 128 one after another -> float32 [E, M, N].
 
@@ -198,6 +208,7 @@ def columns_by_columns(
     [out_spec],
     flops=2 * M * N * S,
     order='ppa',
+    inside=inside,
     prefetch=3,
     aliases=None if accumulate_EMN is None else {7: 0},
   )[0]

@@ -166,8 +166,9 @@ def test_an_fp8_train_step_on_a_mesh_is_made_of_these_kernels_and_compiles_for_v
   lowered = lowering.train(c, pods.make_mesh(c.mesh, 'v5p:2x2x2')).traced.lower()
   named = set(re.findall(r'kernel_name = "(\w+)"', lowered.as_text()))
   expected = {
-    'dense_kernel', 'grouped_kernel', 'columns_kernel', 'tiles_kernel', 'blocks_kernel',
-    'transposed_kernel', 'forward_kernel', 'backward_kernel',  # the last two of SwiGLU
+    'fp8_matmul', 'fp8_wgrad', 'grouped_matmul', 'grouped_wgrad', 'quantize_tiles',
+    'quantize_tiles_transposed', 'requantize_transposed', 'quantize_blocks', 'swiglu_quantize',
+    'swiglu_backward',
   }  # fmt: skip
   assert named >= expected, expected - named
   assert 'tpu_custom_call' in pods.compile(lowered, 'v5p:2x2x2').as_text()

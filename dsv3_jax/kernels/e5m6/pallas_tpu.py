@@ -22,14 +22,15 @@ def supports(function: str, x: jax.Array, *arguments: object, **options: object)
 def encode(x_XD: jax.Array) -> tuple[jax.Array, jax.Array]:
   *lead, D = x_XD.shape
   outputs = (D * 3 // 2, jnp.uint8), (D // tiles.TILE, jnp.float32)
-  codes_MB, scale_MS = tpu.by_rows(_encode_kernel, [x_XD.reshape(-1, D)], outputs)
+  codes_MB, scale_MS = tpu.by_rows(_encode_kernel, [x_XD.reshape(-1, D)], outputs, inside=encode)
   return codes_MB.reshape(*lead, -1), scale_MS.reshape(*lead, -1)
 
 
 def decode(codes_XB: jax.Array, scale_XS: jax.Array, dim: int, dtype: jnp.dtype) -> jax.Array:
   *lead, _ = codes_XB.shape
   operands = [x.reshape(-1, x.shape[-1]) for x in (codes_XB, scale_XS)]
-  return tpu.by_rows(_decode_kernel, operands, [(dim, dtype)])[0].reshape(*lead, dim)
+  (x_MD,) = tpu.by_rows(_decode_kernel, operands, [(dim, dtype)], inside=decode)
+  return x_MD.reshape(*lead, dim)
 
 
 def _encode_kernel(x_ref, codes_ref, scale_ref):

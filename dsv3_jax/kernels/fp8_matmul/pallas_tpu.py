@@ -17,4 +17,4 @@ def fp8_matmul(
   out_dtype: jnp.dtype,
 ) -> jax.Array:
   b_scale_NS = jnp.repeat(b_scale_ns, tiles.TILE, axis=0)[: len(b_NK)]
-  return tpu_gemm.dense(a_MK, a_scale_MS, b_NK, b_scale_NS, out_dtype)
+  return tpu_gemm.dense(a_MK, a_scale_MS, b_NK, b_scale_NS, out_dtype, inside=fp8_matmul)

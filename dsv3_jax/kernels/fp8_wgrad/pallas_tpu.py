@@ -16,4 +16,5 @@ def fp8_wgrad(
   *,
   accumulate: jax.Array | None,
 ) -> jax.Array:
-  return tpu_gemm.dense(a_MT, a_scale_Mt, b_NT, b_scale_Nt, jnp.float32, accumulate)
+  arrays = a_MT, a_scale_Mt, b_NT, b_scale_Nt
+  return tpu_gemm.dense(*arrays, jnp.float32, accumulate, inside=fp8_wgrad)

@@ -23,7 +23,8 @@ def grouped_matmul(
   rows_s = jnp.where(block_s < end_E[-1], tiles.TILE, 0)
   expert_s = jnp.minimum(expert_s, len(b_ENK) - 1)
   scale_ENS = _spread(b_scale_Ens, b_ENK)
-  return tpu_gemm.rows_by_weights(a_SK, a_scale_SS, b_ENK, scale_ENS, expert_s, rows_s, out_dtype)
+  arrays = a_SK, a_scale_SS, b_ENK, scale_ENS, expert_s, rows_s
+  return tpu_gemm.rows_by_weights(*arrays, out_dtype, inside=grouped_matmul)
 
 
 def masked_matmul(
@@ -50,6 +51,7 @@ def masked_matmul(
     expert_s,
     rows_Eb.reshape(-1),
     out_dtype,
+    inside=masked_matmul,
   )
   return out_SN.reshape(E, -1, out_SN.shape[1])[:, :M]
 

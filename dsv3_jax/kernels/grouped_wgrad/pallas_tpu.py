@@ -17,4 +17,5 @@ def grouped_wgrad(
   accumulate: jax.Array | None,
 ) -> jax.Array:
   blocks_E = (group_sizes_E + (tiles.TILE - 1)) // tiles.TILE
-  return tpu_gemm.columns_by_columns(a_MS, a_scale_Ms, b_NS, b_scale_Ns, blocks_E, accumulate)
+  arrays = a_MS, a_scale_Ms, b_NS, b_scale_Ns
+  return tpu_gemm.columns_by_columns(*arrays, blocks_E, accumulate, inside=grouped_wgrad)

@@ -18,7 +18,7 @@ def encode(x_XD: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]
   S = tiles.count(D)
   kernel = functools.partial(_encode_kernel, bits=bits)
   outputs = (D, jnp.uint16), (S, jnp.float32), (S, jnp.float32)
-  codes_MD, low_MS, high_MS = tpu.by_rows(kernel, [x_XD.reshape(-1, D)], outputs)
+  codes_MD, low_MS, high_MS = tpu.by_rows(kernel, [x_XD.reshape(-1, D)], outputs, inside=encode)
   as_bf16 = lambda x_MS: x_MS.astype(jnp.bfloat16).reshape(*lead, S)  # exact
   return codes_MD.reshape(*lead, D), as_bf16(low_MS), as_bf16(high_MS)
 
@@ -29,7 +29,8 @@ def decode(
   flat = lambda x: x.reshape(-1, x.shape[-1])
   operands = [flat(codes_XD), *(flat(x).astype(jnp.float32) for x in (low_XS, high_XS))]
   kernel = functools.partial(_decode_kernel, bits=bits)
-  return tpu.by_rows(kernel, operands, [(codes_XD.shape[-1], dtype)])[0].reshape(codes_XD.shape)
+  (x_MD,) = tpu.by_rows(kernel, operands, [(codes_XD.shape[-1], dtype)], inside=decode)
+  return x_MD.reshape(codes_XD.shape)
 
 
 def _encode_kernel(x_ref, codes_ref, low_ref, high_ref, *, bits):

@@ -66,7 +66,7 @@ def mla_decode(
     (None, 1, J), lambda b, z, last: (b, 0, 0), memory_space=pltpu.MemorySpace.SMEM
   )
   out_BZC, lse_B1Z = tpu.call(
-    functools.partial(_mla_decode_kernel, rank=rank, scale=scale),
+    functools.partial(_kernel, rank=rank, scale=scale),
     (B, blocks),
     [
       last_Bz,
@@ -81,6 +81,7 @@ def mla_decode(
     flops=2 * B * Z * J * PAGE * (X + rank),
     moved=2 * q_BLNX.nbytes + B * blocks * J * pages_PMX[0].nbytes,
     order='pp',
+    inside=mla_decode,
     prefetch=1,
     scratch=[
       pltpu.VMEM((2, pages, *pages_PMX.shape[1:]), pages_PMX.dtype),
@@ -93,7 +94,7 @@ def mla_decode(
   return out_BZC.reshape(B, L, N, rank), lse_B1Z.reshape(B, L, N)
 
 
-def _mla_decode_kernel(
+def _kernel(
   last_ref,
   table_ref,
   position_ref,

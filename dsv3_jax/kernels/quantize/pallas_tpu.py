@@ -31,7 +31,7 @@ def quantize_tiles(
   S = tiles.count(D)
   kernel = functools.partial(_tiles_kernel, power_of_two=power_of_two, floor=floor)
   outputs = (D, jnp.float8_e4m3fn), (S, jnp.float32)
-  codes_MD, scale_MS = tpu.by_rows(kernel, [x_XD.reshape(-1, D)], outputs)
+  codes_MD, scale_MS = tpu.by_rows(kernel, [x_XD.reshape(-1, D)], outputs, inside=quantize_tiles)
   return codes_MD.reshape(*lead, D), scale_MS.reshape(*lead, S)
 
 
@@ -65,6 +65,7 @@ def quantize_blocks(
     [spec, pl.BlockSpec((None, None, 1, s), lambda e, n: (e, n, 0, 0))],
     flops=2 * E * N * K,
     order='pp',
+    inside=quantize_blocks,
   )
   return codes_ENK.reshape(*lead, N, K), scale_En1s.reshape(*lead, n, s)
 
@@ -81,7 +82,7 @@ def _blocks_kernel(w_ref, codes_ref, scale_ref, *, power_of_two, floor, count):
 def quantize_tiles_transposed(
   x_MK: jax.Array, *, power_of_two: bool, floor: float
 ) -> tuple[jax.Array, jax.Array]:
-  return _transposed(_read, x_MK, None, power_of_two, floor)
+  return _transposed(quantize_tiles_transposed, _read, x_MK, None, power_of_two, floor)
 
 
 def requantize_transposed(
@@ -91,10 +92,11 @@ def requantize_transposed(
   missing = -scale_MS.shape[1] % (_COLUMNS // tiles.TILE)
   scale_MS = jnp.pad(scale_MS, ((0, 0), (0, missing)))
   scale_ktM = rearrange(scale_MS, 'M (k t) -> k t M', t=_COLUMNS // tiles.TILE)
-  return _transposed(_dequantize, codes_MK, scale_ktM, power_of_two, floor)
+  arrays = codes_MK, scale_ktM
+  return _transposed(requantize_transposed, _dequantize, *arrays, power_of_two, floor)
 
 
-def _transposed(read, x_MK, scale_ktM, power_of_two, floor):
+def _transposed(inside, read, x_MK, scale_ktM, power_of_two, floor):
   M, K = x_MK.shape
   S = tiles.count(M)
   rows = tiles.TILE * min(_TILES, S)
@@ -116,6 +118,7 @@ def _transposed(read, x_MK, scale_ktM, power_of_two, floor):
     ],
     flops=2 * M * K,
     order='pp',
+    inside=inside,
   )
   return codes_KM, scale_SK.T
 

@@ -43,6 +43,7 @@ def swiglu_quantize(
     [spec(F), spec(tiles.count(F))],
     flops=8 * M * F,
     order='p',
+    inside=swiglu_quantize,
   )
   return codes_MF, scale_MS
 
@@ -75,6 +76,7 @@ def swiglu_backward(
     [spec, spec, *[row_spec for _ in weight]],
     flops=12 * M * F,
     order='pa',
+    inside=swiglu_backward,
   )
   return d_gate_MF, d_up_MF, d_weight[0][0] if d_weight else None
 
