@@ -9,9 +9,12 @@ a shared machine only ratios within one run mean anything. `peer` wants the extr
 
 `context` decodes one sequence with caches that are filled with zeros, which take as long as others, of a
 model of 4 layers, 16 heads and V3's rule for all else, YaRN at the lengths that ask for it. An expanded cache
-of more than 4 GB, as at 128K, is left out: on most machines it would not fit beside anything else. `peer` decodes greedily to a fixed length, all sides
-in FP32: the engine without drafts, and with one by the MTP module where the weights have it; transformers' fastest expert implementation and number of threads are found first
-and taken: on cores with other work OpenMP, which waits for its slowest thread, may be faster with one.
+of more than 4 GB, as at 128K, is left out: on most machines it would not fit beside anything else.
+
+`peer` decodes greedily to a fixed length, all sides in FP32: the engine without drafts, and with one by the
+MTP module where the weights have it; transformers' fastest expert implementation and number of threads are
+found first and taken: on cores with other work OpenMP, which waits for its slowest thread, may be faster with
+one.
 """
 
 import argparse

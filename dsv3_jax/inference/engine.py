@@ -31,6 +31,7 @@ from dsv3_jax.inference.decode import Decoder
 from dsv3_jax.inference.pages import Pool
 from dsv3_jax.inference.requests import Event, Handover, Request, Stats, Token
 from dsv3_jax.inference.rows import Filling
+from dsv3_jax.inference.sizes import check
 from dsv3_jax.inference.step import Chosen, How, Several
 from dsv3_jax.kernels.mla_decode import PAGE
 
@@ -89,7 +90,7 @@ class Engine:
     self.max_length = max_length or c.max_length
     self._table = -(-(self.max_length + drafts) // PAGE)  # pages of the longest sequence
     pages = pages or slots // ways * self._table
-    _check(slots, ways, chunk, pages, drafts, c.mtp_depth, cache, steps)
+    check(slots, ways, chunk, pages, drafts, c.mtp_depth, cache, steps)
     self.drafts = drafts
     self.stats = Stats()
     self._decoder, self._eos_ids, self._chunk = decoder, frozenset(eos_ids), chunk
@@ -386,29 +387,3 @@ class Engine:
     pool = self._pools[i * len(self._pools) // len(self._slots)]
     pool.give_back(self._slots[i].pages)
     self._slots[i] = None
-
-
-def _check(
-  slots: int,
-  ways: int,
-  chunk: int,
-  pages: int,
-  drafts: int,
-  mtp_depth: int,
-  cache: str,
-  steps: int,
-) -> None:
-  if slots < 1 or slots % ways:
-    raise ConfigError(f'slots = {slots}: must be a positive multiple of the {ways} devices')
-  if chunk < PAGE or chunk % PAGE:
-    raise ConfigError(
-      f'chunk = {chunk}: must be a positive multiple of {PAGE}, the tokens of a page'
-    )
-  for name, value in (('pages', pages), ('steps', steps)):
-    if value < 1:
-      raise ConfigError(f'{name} = {value}: must be at least 1')
-  if drafts < 0 or (drafts and not mtp_depth):
-    right = 'at least 0' if drafts < 0 else '0: the model has no MTP module (model.mtp_depth = 0)'
-    raise ConfigError(f'drafts = {drafts}: must be {right}')
-  if cache not in ('plain', 'fp8'):
-    raise ConfigError(f"cache = {cache!r}: must be 'plain' or 'fp8'")
