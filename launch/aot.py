@@ -22,10 +22,10 @@ they reach, all other axes of GPUs on the network; collectives one after another
 
 import dataclasses
 import json
-import math
 import pathlib
 import time
 
+import jax
 from absl import flags as absl_flags
 
 from dsv3_jax import config, counts, flags, lowering, pods, runtime
@@ -127,6 +127,14 @@ class Page:
     return '\n'.join(lines)
 
 
+class _TooLargeError(Exception):
+  """The compiler gave up a program for the memory that it needs; `memory`: of its arguments."""
+
+  def __init__(self, told: str, memory: dict[str, int]) -> None:
+    super().__init__(told)
+    self.memory = memory
+
+
 def main(c: config.Config, given: flags.Given) -> int:
   target, names = _TARGET.value, _PROGRAMS.value
   unknown = [name for name in names if name not in ('train', 'prefill', 'decode')]
@@ -136,15 +144,22 @@ def main(c: config.Config, given: flags.Given) -> int:
   device_mesh = pods.make_mesh(c.mesh, target)
   pages = []
   for name in names:
-    pages.append(_page(c, name, device_mesh, target, options))
-    print(pages[-1].text(), flush=True)
-    if not pages[-1].fits:
-      print(_advice(c, pages[-1]), flush=True)
+    try:
+      page = _page(c, name, device_mesh, target, options)
+    except _TooLargeError as error:
+      print(f'---- {name} on {target}: {error}\n{_advice(c, name, error.memory)}', flush=True)
+      continue
+    pages.append(page)
+    print(page.text(), flush=True)
+    if not page.fits:
+      over = page.used - (1 - _SPARE) * page.capacity
+      print(f'  does not fit with a tenth to spare: {over / 1e9:.1f} GB too much')
+      print(_advice(c, name, page.memory), flush=True)
   if _JSON.value:
     told = {'config': given.file, 'overrides': given.overrides, 'options': options}
     told['programs'] = [page.as_json() for page in pages]
     pathlib.Path(_JSON.value).write_text(json.dumps(told, indent=2) + '\n', encoding='utf-8')
-  return 0 if all(page.fits for page in pages) else 1
+  return 0 if len(pages) == len(names) and all(page.fits for page in pages) else 1
 
 
 def _option(text: str) -> tuple[str, str]:
@@ -167,7 +182,12 @@ def _page(c, name, device_mesh, target, options) -> Page:
   if exact:  # remat drops parts of what is written: the plan says what is left
     moved = [each for each in moved if each.kind != 'exchange' or each.axes == ('pipe',)] + exact
   began = time.monotonic()
-  compiled = pods.compile(program.traced.lower(), target, **options)
+  try:
+    compiled = pods.compile(program.traced.lower(), target, **options)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise _TooLargeError(str(error).splitlines()[0], program.memory) from None
   seconds = time.monotonic() - began
   stats, text = compiled.memory_analysis(), compiled.as_text()
   found, over = hlo.collectives(text, sizes), hlo.overlaps(text)
@@ -302,18 +322,18 @@ def _exchange(c: config.Config, program: lowering.Program, name: str) -> list[tr
   return found
 
 
-def _advice(c: config.Config, page: Page) -> str:
-  """By how much a program does not fit, and what would help, the nearest first."""
-  over = page.used - (1 - _SPARE) * page.capacity
+def _advice(c: config.Config, program: str, memory: dict[str, int]) -> str:
+  """What would help a program that does not fit, the nearest first; `memory`: bytes of its arguments."""
   helps = []
-  state = page.memory.get('weights', 0) + page.memory.get('optimizer', 0)
-  if page.program == 'train':
-    if c.mesh.zero < 3 and state + page.memory['average'] > over / 2:
+  if program == 'train':
+    state = sum(memory.get(name, 0) for name in ('weights', 'optimizer', 'average'))
+    if c.mesh.zero < 3 and c.mesh.pipe == 1:
       helps.append(f'mesh.zero=3 (state is {state / 1e9:.1f} GB a device)')
+    if c.mesh.pipe > 1 and c.pipeline.weight_part == 'deferred':
+      helps.append("pipeline.weight_part='at_once'")
     if c.model.remat != 'block':
       helps.append(f"model.remat='block' (it is {c.model.remat!r})")
-    devices = math.prod(page.mesh.values())
-    rows = c.batch.micro_size // devices
+    rows = c.batch.micro_size // (c.mesh.data * c.mesh.node * c.mesh.local)
     if rows > (2 if c.model.dual_batch else 1):
       helps.append(f'a smaller batch.micro_size ({rows} rows on a device)')
     helps += ['model.moe.dispatch.capacity=1', 'more devices along mesh.data']
@@ -323,7 +343,7 @@ def _advice(c: config.Config, page: Page) -> str:
       'a shorter batch.seq_len',
       'more devices along mesh.node and mesh.local',
     ]
-  return f'  does not fit with a tenth to spare: {over / 1e9:.1f} GB too much. Would help: {"; ".join(helps)}'
+  return f'  would help: {"; ".join(helps)}'
 
 
 if __name__ == '__main__':

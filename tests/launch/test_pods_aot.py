@@ -11,6 +11,7 @@ import pytest
 import shell
 
 _HAS_GPU = importlib.util.find_spec('jax_cuda13_plugin') is not None
+_HAS_TPU = importlib.util.find_spec('libtpu') is not None
 pytestmark = [
   pytest.mark.skipif(not _HAS_GPU, reason='no GPU compiler here (extra [cuda])'),
   pytest.mark.xdist_group('pods'),
@@ -19,9 +20,10 @@ _AOT = [sys.executable, str(shell.ROOT / 'launch' / 'aot.py')]
 _V3 = f'--config={shell.ROOT}/configs/deepseek_v3_671b.py:debug'
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
-  environment = os.environ | {'PYTHONPATH': str(shell.ROOT)}
-  command = [*_AOT, _V3, '--target=h200:2x4', *arguments]
+def _run(*arguments: str, target: str = 'h200:2x4') -> subprocess.CompletedProcess[str]:
+  # Beside this process, which may have compiled for TPU before.
+  environment = os.environ | {'PYTHONPATH': str(shell.ROOT), 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  command = [*_AOT, _V3, f'--target={target}', *arguments]
   return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -62,3 +64,13 @@ def test_what_cannot_be_compiled_gets_one_line(arguments, told):
   assert ran.returncode == 2
   (line,) = ran.stderr.strip().splitlines()
   assert re.search(told, line)
+
+
+@pytest.mark.skipif(not _HAS_TPU, reason='no TPU compiler here (extra [tpu])')
+def test_a_program_that_the_compiler_gives_up_says_by_how_much_and_what_would_help():
+  mesh = '--config.mesh.node=2', '--config.mesh.local=2'
+  ran = _run('--programs=decode', '--rows=2000000', *mesh, target='v5p:2x2x1')
+  assert ran.returncode == 1, ran.stderr
+  given_up, helps = ran.stdout.strip().splitlines()
+  assert re.search(r'decode on v5p:2x2x1: RESOURCE_EXHAUSTED: .* exceeds available', given_up)
+  assert 'would help: fewer --rows' in helps
