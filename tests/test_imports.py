@@ -117,7 +117,8 @@ def test_kernels_import_only_jax_numpy_einops_and_compat(path):
 
 def test_only_the_checkpoints_and_what_waits_for_all_processes_import_orbax():
   found = [named(path) for path in FILES if 'orbax' in packages(path)]
-  assert found == ['dsv3_jax/processes.py', 'dsv3_jax/training/checkpoint.py']
+  training = [f'dsv3_jax/training/{name}.py' for name in ('checkpoint', 'orbax_repairs')]
+  assert found == ['dsv3_jax/processes.py', *training]
 
 
 WITHOUT_JAX = {'config', 'counts', 'flags', 'hyper', 'data', 'report', 'codesign'}
