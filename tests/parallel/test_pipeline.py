@@ -45,7 +45,7 @@ _UNIFORM = {
   (2, 1, 1, 2): {'num_layers': 3, 'num_dense_layers': 1, 'mtp_depth': 0, 'remat': 'none'},
 }
 _MPMD = {(4, 2, 1, 1): {'num_layers': 3, 'num_dense_layers': 0, 'remat': 'none'}}
-_FP8 = (2, 2, 1, 1)
+_FP8 = (2, 1, 1, 1)
 _MODELS = _UNIFORM | _MPMD
 _MODELS[_FP8] = {'num_layers': 2, 'num_dense_layers': 1, 'mtp_depth': 0, 'precision': 'fp8'}
 _EACH = pytest.mark.parametrize('shape', _UNIFORM, ids=str)
