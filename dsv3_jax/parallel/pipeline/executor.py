@@ -2,8 +2,8 @@
 
 What one rank does in an F&B tick, top to bottom:
 1. Read what the backward needs from its slots.
-2. The forward of one route and the whole backward of the other, which share no value: each one's exchange
-   may stand beside the other's compute.
+2. The forward of one route and the whole backward of the other, which share no value, in turns (`turns`):
+   each one's exchange stands beside the other's compute.
 3. Write the forward's activations into its slot, add up gradients where the tick's tables say so.
 4. Send activations and gradients to both neighbours; each keeps what its tables say. Bytes per rank and tick:
    four times the activation.
@@ -124,7 +124,7 @@ class _Ticks:
   rank: jax.Array
 
   def forward(self, carry: Any, row: Any) -> Any:
-    return self._keep(carry, row, self._forward(carry, row))
+    return self._keep(carry, row, self.parts.forward(*self._ahead(carry, row)))
 
   def both(self, carry: Any, row: Any) -> Any:
     kept, dy = self._before(carry, row)
@@ -132,11 +132,17 @@ class _Ticks:
     names = 'kept', 'inputs', 'gradients'
     held, kept, dy = lax.optimization_barrier(({n: carry[n] for n in names}, kept, dy))
     carry = carry | held
-    ahead = self._forward(carry, row)
-    return self._backward(carry, row, kept, dy, lambda carry: self._keep(carry, row, ahead))
+    weights, constants, on, route = self._of(row, 'b')
+    behind = weights, constants, kept, dy
+    ahead, (dweights, dx) = self.parts.both(self._ahead(carry, row), behind)
+    carry = self._add(self._keep(carry, row, ahead), route, on, dweights)
+    return self._send(carry, row, 'b', 'gradients', dx)
 
   def backward(self, carry: Any, row: Any) -> Any:
-    return self._backward(carry, row, *self._before(carry, row), lambda carry: carry)
+    kept, dy = self._before(carry, row)
+    weights, constants, on, route = self._of(row, 'b')
+    dweights, dx = self.parts.backward(weights, constants, kept, dy)
+    return self._send(self._add(carry, route, on, dweights), row, 'b', 'gradients', dx)
 
   def input(self, carry: Any, row: Any) -> Any:
     kept, dy = self._before(carry, row)
@@ -158,15 +164,10 @@ class _Ticks:
     constants = vary(self.stage.constants(self.given, route, micro, on), AXES)
     return self.weights.of(route), constants, on, route
 
-  def _forward(self, carry: Any, row: Any) -> Any:
+  def _ahead(self, carry: Any, row: Any) -> tuple[Any, Any, jax.Array]:
+    """What the forward of `Split` takes."""
     weights, constants, _, _ = self._of(row, 'f')
-    return self.parts.forward(weights, constants, _at(carry['inputs'], row['f_from']))
-
-  def _backward(self, carry: Any, row: Any, kept: Any, dy: Any, before: Any) -> Any:
-    weights, constants, on, route = self._of(row, 'b')
-    dweights, dx = self.parts.backward(weights, constants, kept, dy)
-    carry = self._add(before(carry), route, on, dweights)
-    return self._send(carry, row, 'b', 'gradients', dx)
+    return weights, constants, _at(carry['inputs'], row['f_from'])
 
   def _keep(self, carry: Any, row: Any, ahead: Any) -> Any:
     (y, loss), statistics, kept = ahead

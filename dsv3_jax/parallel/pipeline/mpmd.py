@@ -241,32 +241,51 @@ class _Programs:
     on = self._stage.live(given, *number)
     return vary(self._stage.constants(given, *number, on), AXES), on
 
-  def _forward(self, read: Any, results: Any) -> Any:
+  def _ahead(self, read: Any) -> tuple[Any, jax.Array]:
+    """What the forward of `Split` takes, and whether it counts."""
     weights, given, number, x = read
     constants, on = self._constants(given, number)
-    (y, loss), statistics, kept = self._parts.forward(weights, constants, x)
-    add = lambda total, v: total + jnp.where(on, v, jnp.zeros_like(v))
-    return y, kept, jax.tree.map(add, results, (loss, statistics))
+    return (weights, constants, x), on
+
+  def _behind(self, read: Any) -> tuple[Any, jax.Array]:
+    """What its backward takes, likewise."""
+    weights, given, number, kept, dy = read
+    constants, on = self._constants(given, number)
+    # Nothing comes back into the last stage: its dy are zeros.
+    return (weights, constants, kept, (dy, vary(jnp.float32(1), AXES))), on
+
+  def _forward(self, read: Any, results: Any) -> Any:
+    ahead, on = self._ahead(read)
+    return _taken(self._parts.forward(*ahead), on, results)
 
   def _input(self, read: Any) -> Any:
-    weights, given, number, kept, dy = read
-    constants, _ = self._constants(given, number)
-    one = vary(jnp.float32(1), AXES)
-    # Nothing comes back into the last stage: its dy are zeros.
-    return self._parts.input(weights, constants, kept, (dy, one))
+    return self._parts.input(*self._behind(read)[0])
 
   def _weight(self, read: Any, grads: Any) -> Any:
     weights, given, number, kept, crossing = read
     constants, on = self._constants(given, number)
-    add = lambda total, g: total + jnp.where(on, g, jnp.zeros_like(g)).astype(jnp.float32)
-    return jax.tree.map(add, grads, self._parts.weight(weights, constants, kept, crossing))
+    return _added(self._parts.weight(weights, constants, kept, crossing), on, grads)
 
   def _backward(self, read: Any, grads: Any) -> Any:
-    dx, crossing = self._input(read)
-    return dx, self._weight((*read[:-1], crossing), grads)
+    behind, on = self._behind(read)
+    dweights, dx = self._parts.backward(*behind)
+    return dx, _added(dweights, on, grads)
 
   def _both(self, read: Any, sums: Any) -> Any:
-    return self._forward(read[0], sums[0]), self._backward(read[1], sums[1])
+    (ahead, ahead_on), (behind, behind_on) = self._ahead(read[0]), self._behind(read[1])
+    made, (dweights, dx) = self._parts.both(ahead, behind)
+    return _taken(made, ahead_on, sums[0]), (dx, _added(dweights, behind_on, sums[1]))
+
+
+def _taken(made: Any, on: jax.Array, results: Any) -> Any:
+  (y, loss), statistics, kept = made
+  add = lambda total, v: total + jnp.where(on, v, jnp.zeros_like(v))
+  return y, kept, jax.tree.map(add, results, (loss, statistics))
+
+
+def _added(dweights: Any, on: jax.Array, grads: Any) -> Any:
+  add = lambda total, g: total + jnp.where(on, g, jnp.zeros_like(g)).astype(jnp.float32)
+  return jax.tree.map(add, grads, dweights)
 
 
 # ---- arrays of the mesh, of a rank, of two ranks -------------------------------------------------

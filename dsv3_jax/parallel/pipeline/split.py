@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from dsv3_jax.compat import vary, vary_like
+from dsv3_jax.parallel.pipeline import turns
 
 # Equations that stand for the equations in them.
 _OPENED = {'jit': 'jaxpr', 'pjit': 'jaxpr', 'remat2': 'jaxpr', 'checkpoint': 'jaxpr'}
@@ -77,6 +78,18 @@ class Split:
   ) -> Any:
     """dweights"""
     return self._weight(self._values(weights, constants, kept), crossing)
+
+  def both(self, ahead: tuple[Any, Any, Any], behind: tuple[Any, Any, list[jax.Array], Any]) -> Any:
+    """What `forward` of the one and `backward` of the other give, run in turns (`turns`)."""
+    weights, constants, kept, cotangents = behind
+    values = self._values(weights, constants, kept)
+    inward, outward = self._input, self._weight
+    forward = self._forward.turns(self._forward.equations, ahead)
+    backward = inward.turns([*inward.equations, *outward.equations], (values, cotangents))
+    turns.run(backward, forward)
+    (outputs, others), values = self._forward.read(forward.values)
+    dx, _ = inward.read(backward.values)
+    return (outputs, others, self._kept(values)), (outward.read(backward.values), dx)
 
   def _kept(self, values: list[jax.Array]) -> list[jax.Array]:
     return [v for v, is_kept in zip(values, self._is_kept, strict=True) if is_kept]
@@ -146,12 +159,23 @@ class _Program:
   results: Any  # a tree with a leaf for each output
 
   def __call__(self, *arguments: Any) -> Any:
-    values = self.constants | dict(zip(self.inputs, jax.tree.leaves(arguments), strict=True))
-    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
+    values = self._given(arguments)
     for equation in self.equations:
-      outs = _bind(equation, [read(v) for v in equation.invars])
+      outs = _bind(equation, [_read(values, v) for v in equation.invars])
       values |= zip(equation.outvars, outs, strict=True)
-    return jax.tree.unflatten(jax.tree.structure(self.results), [read(v) for v in self.outputs])
+    return self.read(values)
+
+  def turns(self, equations: list[Any], arguments: Any) -> turns.Turns:
+    """Equations, these or more, to be run on the arguments beside others."""
+    return turns.Turns(equations, self._given(arguments), _bind)
+
+  def read(self, values: dict[Any, Any]) -> Any:
+    """The results, where all variables have values."""
+    outs = [_read(values, v) for v in self.outputs]
+    return jax.tree.unflatten(jax.tree.structure(self.results), outs)
+
+  def _given(self, arguments: Any) -> dict[Any, Any]:
+    return self.constants | dict(zip(self.inputs, jax.tree.leaves(arguments), strict=True))
 
   def count(self, *trees: Any) -> int:
     return len(jax.tree.leaves(trees))
@@ -180,6 +204,10 @@ def _trace(f: Callable[..., Any], *arguments: Any) -> _Program:
   constants = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   results = jax.tree.unflatten(trees[-1], [_like(v.aval) for v in jaxpr.outvars])
   return _Program(constants, list(jaxpr.eqns), list(jaxpr.invars), list(jaxpr.outvars), results)
+
+
+def _read(values: dict[Any, Any], v: Any) -> Any:
+  return v.val if isinstance(v, core.Literal) else values[v]
 
 
 def _like(aval: Any) -> jax.Array:
