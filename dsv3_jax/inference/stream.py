@@ -11,7 +11,6 @@ from dsv3_jax.inference.sampling import Sampling
 from dsv3_jax.kernels.mla_decode import PAGE
 
 _SLOTS = 16  # sequences on a device that decode together; more wait
-_STEPS = 4  # in one call: text still comes a few words at a time
 
 
 def engine_for(
@@ -39,7 +38,6 @@ def engine_for(
     slots=slots * decoder.ways,
     pages=slots * _power_of_two(-(-tokens // PAGE)),
     drafts=drafts,
-    steps=_STEPS,
   )
 
 
