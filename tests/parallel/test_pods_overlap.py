@@ -199,8 +199,9 @@ def test_with_two_halves_four_fifths_of_all_permutes_stand_beside_a_matmul(targe
   assert _beside_a_matmul(found) >= 0.8
 
 
-def test_undivided_rows_hide_clearly_fewer():
-  assert _beside_a_matmul(_permutes('h200:2x4', False, **_PARALLEL)) < 0.6
+@_EACH
+def test_undivided_rows_hide_clearly_fewer(target, options):
+  assert _beside_a_matmul(_permutes(target, False, **options)) < 0.6
 
 
 def test_with_asynchrony_switched_off_none_is_hidden():
