@@ -15,7 +15,7 @@ from dsv3_jax import compat
 from dsv3_jax.mesh import AXES
 
 _SENDS = 'ppermute'
-_MULTIPLIES = ('dot_general', 'ragged_dot', 'pallas_call')
+_MULTIPLIES = ('dot_general', 'ragged_dot', 'wgmma_ref')  # the last one in kernels for Hopper
 _TURN = 3  # matmuls beside a hop: attention has four times as many, which is the hops of a layer's exchange
 
 
@@ -105,6 +105,7 @@ def run(first: Turns, second: Turns) -> None:
 
 
 def _multiplies(equation: Any) -> bool:
+  """Itself, or in a loop, a branch or a kernel."""
   inner = core.jaxprs_in_params(equation.params)
   return equation.primitive.name in _MULTIPLIES or any(
     _multiplies(e) for jaxpr in inner for e in jaxpr.eqns
