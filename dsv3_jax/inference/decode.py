@@ -118,9 +118,7 @@ class _Programs:
   empty: Callable[[int, int, bool], Cache]
   step: Callable[..., tuple[Chosen, Cache]]
   several: Callable[..., tuple[Several, Cache]]
-  routed: dict[
-    int, int
-  ]  # which weights are experts of the main model, and the first MoE layer in each
+  routed: dict[int, int]  # weights that are experts of the main model -> first MoE layer in each
   move: Callable[[jax.Array, np.ndarray], jax.Array]
   read: Callable[..., jax.Array]
   write: Callable[..., Cache]

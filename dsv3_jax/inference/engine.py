@@ -60,9 +60,11 @@ class _Slot:
 
 
 class Engine:
-  """
-  `eos_ids`: tokens that end a sequence. `slots`: sequences that decode together, on all devices. `pages`: of 64 tokens, on every device; by
-  default enough for all slots at full length. `chunk`: tokens of a prompt that go through at a time.
+  """Takes requests, and gives events of them, a step at a time.
+
+  `eos_ids`: tokens that end a sequence. `slots`: sequences that decode together, on all devices. `pages`: of
+  64 tokens, on every device; by default enough for all slots at full length. `chunk`: tokens of a prompt that
+  go through at a time.
   `drafts`: tokens that the MTP module guesses ahead of each step; 0 for none. `cache`: 'plain', in the
   compute dtype, or 'fp8'. `max_length` defaults to the model's. `prompts_only`: ends a request behind its
   first token, by a handover that another engine can `take_over`. `balance_every`: steps after which experts
@@ -96,9 +98,8 @@ class Engine:
     self._decoder, self._eos_ids, self._chunk = decoder, frozenset(eos_ids), chunk
     self._prompt = How(prompt=True, drafts=drafts, vocab_size=vocab_size)
     self._decode = How(False, drafts, vocab_size, tuple(sorted(self._eos_ids)), steps)
-    self._slots: list[_Slot | None] = [
-      None
-    ] * slots  # those of the first device, then of the second
+    # Those of the first device, then of the second.
+    self._slots: list[_Slot | None] = [None] * slots
     self._pools = [Pool(pages) for _ in range(ways)]
     self._waiting: collections.deque[Request] = collections.deque()
     self._arrived: collections.deque[Handover] = collections.deque()

@@ -9,8 +9,8 @@
 Between forward and backward live codes alone: x by 1x128, dequantised, transposed and quantised again by
 128x1 for wgrad; the output of attention in E5M6; SwiGLU's inputs, of which its product is computed again
 (3.3.3). Attention itself keeps its output in E5M6 too, and hands on what it keeps, so both see the same
-numbers and nothing is stored twice under remat. Weights are quantised from what the caller holds, FP32 masters, at every use, and their gradients
-come back in FP32. No gradient flows through a scale.
+numbers and nothing is stored twice under remat. Weights are quantised from what the caller holds, FP32
+masters, at every use, and their gradients come back in FP32. No gradient flows through a scale.
 
 `rows` of experts come in groups, as `kernels/grouped_matmul` wants them: with `sizes_E` every weight has a
 leading dimension of experts. Zero rows between groups stay zeros throughout.

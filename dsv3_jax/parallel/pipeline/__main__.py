@@ -1,6 +1,7 @@
 """Prints and draws a pipeline schedule: `python -m dsv3_jax.parallel.pipeline show dualpipe --stages=8`.
 
-`bench` runs schedules on a real clock, ranks as threads that sleep, beside the simulated time. Costs are in any unit of time; by default a forward and both parts of a backward take 1 each and an F&B pair 3.
+`bench` runs schedules on a real clock, ranks as threads that sleep, beside the simulated time. Costs are in
+any unit of time; by default a forward and both parts of a backward take 1 each and an F&B pair 3.
 """
 
 import argparse
