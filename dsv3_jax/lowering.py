@@ -77,7 +77,10 @@ def prefill(c: config.Config, device_mesh: jax.sharding.Mesh, rows: int) -> Prog
 
 
 def decode(c: config.Config, device_mesh: jax.sharding.Mesh, rows: int) -> Program:
-  """One token of each of `rows` sequences a device, behind up to `batch.seq_len` others."""
+  """One token of each of `rows` sequences a device, behind up to `batch.seq_len` others.
+
+  The step itself; an engine runs it in a loop, whose rounds only a run decides (`inference.step.several`).
+  """
   return _generation(c, device_mesh, rows, 'decode', 1)
 
 

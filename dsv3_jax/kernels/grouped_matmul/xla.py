@@ -95,9 +95,8 @@ def walk(
   """carry = block(carry, slot, rows) over `size` rows from `start`; slots are multiples of 128."""
 
   def times(count: jax.Array, first: jax.Array, rows: int, carry: Any) -> Any:
-    if (
-      rows == slots
-    ):  # XLA would see one block of all slots, and take it out of a loop of no rounds
+    # XLA would see one block of all slots, and take it out of a loop of no rounds.
+    if rows == slots:
       return lax.cond(count > 0, lambda x: block(x, first, rows), lambda x: x, carry)
     return lax.fori_loop(0, count, lambda i, x: block(x, first + i * rows, rows), carry)
 
