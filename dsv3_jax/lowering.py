@@ -88,7 +88,7 @@ def _generation(
   c: config.Config, device_mesh: jax.sharding.Mesh, rows: int, name: str, length: int
 ) -> Program:
   sequences = rows * device_mesh.size
-  how = How(name == 'prefill', 0, c.model.vocab_size)
+  how = How(name == 'prefill', 0, c.model.vocab_size, dual_batch=c.model.dual_batch)
   traced, weights, cache = decoding.trace(
     c.model, device_mesh, how, sequences, length, c.batch.seq_len
   )

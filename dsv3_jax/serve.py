@@ -118,6 +118,8 @@ def _engine(args: argparse.Namespace, loaded: workdir.Loaded) -> Engine:
     prompts_only=args.prompts_only,
     balance_every=args.balance_every,
     steps=args.steps,
+    dual_batch=args.dual_batch,
+    prompts=args.prompts,
   )
 
 
@@ -137,8 +139,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
   add('--slots', type=int, default=16, help='sequences that run together (%(default)s)')
   add('--pages', type=int, help='of 64 tokens in the cache (enough for all slots at full length)')
   add('--chunk', type=int, default=128, help='tokens of a prompt at a time (%(default)s)')
+  add('--prompts', type=int, help='whose chunks a device runs at a time (1; 2 with --dual_batch)')
   add('--drafts', type=int, help='tokens that the MTP module guesses ahead (1 if there is one)')
   add('--steps', type=int, default=4, help='of decoding in one call, at most (%(default)s)')
+  dual = 'two halves of the rows out of step: exchanges of one beside the work of the other'
+  add('--dual_batch', action='store_true', help=dual)
   add('--cache', default='plain', help="'plain' or 'fp8' (%(default)s)")
   for axis in ('data', 'node', 'local'):
     add(f'--{axis}', type=int, default=1, help='devices on this axis of the mesh (%(default)s)')

@@ -1,8 +1,8 @@
 """Continuous batching: requests of any lengths join and leave between steps of two compiled programs.
 
 A request waits for a free slot and for the pages of its prompt and all tokens it may get, so nobody who
-runs is ever put back. Its prompt goes through in chunks, one of each device between two steps of decoding:
-those who run never wait for more than a chunk. Pages of a prompt that are in the cache already are taken
+runs is ever put back. Its prompt goes through in chunks, one of each device (or of `prompts` requests there) between two steps of
+decoding: those who run never wait for more than a chunk. Pages of a prompt that are in the cache already are taken
 over (`pages.Pool`), whole chunks of them.
 
 A request's tokens are the same whatever else is in the engine. Both programs have one shape, in which every
@@ -69,7 +69,9 @@ class Engine:
   compute dtype, or 'fp8'. `max_length` defaults to the model's. `prompts_only`: ends a request behind its
   first token, by a handover that another engine can `take_over`. `balance_every`: steps after which experts
   are placed anew by what was chosen lately, where it helps (`balancing`); 0 for never. `steps`: of decoding,
-  that a call of `step` takes at most.
+  that a call of `step` takes at most. `dual_batch`: rows go through layers of experts as two halves out
+  of step, so that one's exchange stands beside the other's compute. `prompts`: of which a device runs a chunk
+  at a time; one by default, two with `dual_batch`.
   """
 
   def __init__(
@@ -87,17 +89,22 @@ class Engine:
     prompts_only: bool = False,
     balance_every: int = 0,
     steps: int = 1,
+    dual_batch: bool = False,
+    prompts: int | None = None,
   ) -> None:
     c, ways = decoder.config, decoder.ways
     self.max_length = max_length or c.max_length
     self._table = -(-(self.max_length + drafts) // PAGE)  # pages of the longest sequence
     pages = pages or slots // ways * self._table
-    check(slots, ways, chunk, pages, drafts, c.mtp_depth, cache, steps)
+    prompts = 1 + dual_batch if prompts is None else prompts
+    check(slots, ways, chunk, pages, drafts, c.mtp_depth, cache, steps, dual_batch, prompts)
     self.drafts = drafts
     self.stats = Stats()
     self._decoder, self._eos_ids, self._chunk = decoder, frozenset(eos_ids), chunk
-    self._prompt = How(prompt=True, drafts=drafts, vocab_size=vocab_size)
-    self._decode = How(False, drafts, vocab_size, tuple(sorted(self._eos_ids)), steps)
+    self._prompt = How(True, drafts, vocab_size, dual_batch=dual_batch)
+    eos_ids = tuple(sorted(self._eos_ids))
+    self._decode = How(False, drafts, vocab_size, eos_ids, steps, dual_batch)
+    self._at_once = prompts
     # Those of the first device, then of the second.
     self._slots: list[_Slot | None] = [None] * slots
     self._pools = [Pool(pages) for _ in range(ways)]
@@ -260,36 +267,38 @@ class Engine:
 
   def _run_prompts(self) -> list[Event]:
     per_way = len(self._slots) // len(self._pools)
-    chosen_slots: list[int | None] = []
+    slot_of: dict[int, int] = {}  # by row
     for way in range(len(self._pools)):
       mine = range(way * per_way, (way + 1) * per_way)
       todo = [i for i in mine if self._slots[i] and not self._slots[i].prefilled]
       # The one that has come furthest first: it frees its place in the queue soonest.
-      chosen_slots.append(max(todo, key=lambda i: self._slots[i].done) if todo else None)
-    if all(i is None for i in chosen_slots):
+      todo.sort(key=lambda i: -self._slots[i].done)
+      slot_of |= dict(enumerate(todo[: self._at_once], way * self._at_once))
+    if not slot_of:
       return []
-    rows = Filling(len(chosen_slots), self._chunk, self._table)
-    for b, i in enumerate(chosen_slots):
-      if i is not None:
-        slot = self._slots[i]
-        part = slot.request.prompt[slot.done : slot.done + self._chunk]
-        end = slot.done + len(part)
-        behind = slot.request.prompt[end] if end < len(slot.request.prompt) else -1
-        rows.put(b, part, slot.done, slot.pages, slot.request.how, behind)
+    rows = self._prompt_filling()
+    for b, i in slot_of.items():
+      slot = self._slots[i]
+      part = slot.request.prompt[slot.done : slot.done + self._chunk]
+      end = slot.done + len(part)
+      behind = slot.request.prompt[end] if end < len(slot.request.prompt) else -1
+      rows.put(b, part, slot.done, slot.pages, slot.request.how, behind)
     chosen = self._run_prompt(rows)
     events = []
-    for b, i in enumerate(chosen_slots):
-      if i is not None:
-        slot = self._slots[i]
-        slot.done += int(rows.count_B[b])
-        pool = self._pools[i // per_way]
-        full = (slot.done - bool(self.drafts)) // PAGE  # with the token behind them run, or known
-        for page, name in zip(slot.pages[:full], slot.names, strict=False):
-          pool.give_name(page, name)
-        if slot.prefilled:
-          tokens = self._take(i, chosen, b)
-          events.append(self._tell(i, tokens, chosen.drafts_BK[b]))
+    for b, i in slot_of.items():
+      slot = self._slots[i]
+      slot.done += int(rows.count_B[b])
+      pool = self._pools[i // per_way]
+      full = (slot.done - bool(self.drafts)) // PAGE  # with the token behind them run, or known
+      for page, name in zip(slot.pages[:full], slot.names, strict=False):
+        pool.give_name(page, name)
+      if slot.prefilled:
+        tokens = self._take(i, chosen, b)
+        events.append(self._tell(i, tokens, chosen.drafts_BK[b]))
     return events
+
+  def _prompt_filling(self) -> Filling:
+    return Filling(len(self._pools) * self._at_once, self._chunk, self._table)
 
   def _run_decode(self) -> list[Event]:
     rows = Filling(len(self._slots), 1 + self.drafts, self._table)
@@ -322,7 +331,7 @@ class Engine:
 
   def warm_up(self) -> None:
     """Compiles both programs, by a step of each on empty rows."""
-    self._run_prompt(Filling(len(self._pools), self._chunk, self._table))
+    self._run_prompt(self._prompt_filling())
     slots = len(self._slots)
     rows = Filling(slots, 1 + self.drafts, self._table)
     self._run_steps(rows, np.zeros(slots, np.int32), self._decode.most)

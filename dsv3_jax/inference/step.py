@@ -74,6 +74,7 @@ class How:
   vocab_size: int  # tokens below it can be chosen
   eos_ids: tuple[int, ...] = ()  # `several` stops a row behind one of them
   most: int = 1  # steps that `several` can take
+  dual_batch: bool = False  # rows go through layers as two halves out of step (`model.dual`)
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +95,7 @@ def step(
   positions_BL = rows.start_B[:, None] + offset_1L
   valid_BL = offset_1L < rows.count_B[:, None]
   last_B = jnp.maximum(rows.count_B - 1, 0)
-  run = functools.partial(layer.run, c, rows.table_BJ)
+  run = functools.partial(layer.run, c, how.dual_batch, rows.table_BJ)
   # ---- 1. main model -----------------------------------------------------------------------------
   x_BLD = model.embed(c, rows.tokens_BL)
   y, loads = 0, []
@@ -133,7 +134,7 @@ def step(
     for k in range(how.drafts):
       embed_BLD = model.embed(c, token_BL)
       where = embed_BLD, at_BL, there_BL, cache
-      x_BLD, cache = _draft(c, model.drafter, rows.table_BJ, x_BLD, *where)
+      x_BLD, cache = _draft(c, how, model.drafter, rows.table_BJ, x_BLD, *where)
       if not k:  # only the newest position goes on
         x_BLD, at_BL, there_BL = (_at(x, newest_B) for x in (x_BLD, at_BL, there_BL))
       token_BL = _sample(rows.samplings, _logits(c, how, model, x_BLD), at_BL + 2)
@@ -211,6 +212,7 @@ def several(
 
 def _draft(
   c: config.Model,
+  how: How,
   drafter: Drafter,
   table_BJ: jax.Array,
   hidden_BLD: jax.Array,
@@ -221,7 +223,8 @@ def _draft(
 ) -> tuple[jax.Array, Cache]:
   """Hidden states of the MTP module, which reads the embedded tokens behind its positions."""
   rows = drafter.join(c, hidden_BLD, embed_BLD), positions_BL, valid_BL
-  x_BLD, cache, _ = layer.run(c, table_BJ, drafter.layers, None, c.num_layers, *rows, cache)
+  at = how.dual_batch, table_BJ, drafter.layers, None, c.num_layers
+  x_BLD, cache, _ = layer.run(c, *at, *rows, cache)
   return rms_norm(x_BLD, drafter.out_norm_D, c.norm_eps), cache
 
 

@@ -11,6 +11,7 @@ the first exchange, or none beside most. An exchange of one hop takes the place 
 What needs further rounds comes last, when nothing else is under way.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -23,26 +24,36 @@ from dsv3_jax.parallel.exchange import hold
 
 
 def run(
-  c: config.Model, block: Any, parts: tuple[jax.Array, ...], valids: tuple[jax.Array, ...]
+  c: config.Model,
+  block: Any,
+  parts: tuple[Any, ...],
+  valids: tuple[jax.Array, ...],
+  slots: moe.Slots | None = None,
+  *,
+  implementation: str = 'xla',
 ) -> tuple[tuple[jax.Array, ...], moe.Routing]:
-  """`block` (transformer.Block, with experts) on both halves [B/2, L, D]; statistics of all rows."""
-  (a_BLD, b_BLD), (a_valid_BL, b_valid_BL) = parts, valids
-  ffn, experts = block.ffn, moe.experts(c)
+  """`block`, with experts, on both halves -> [B/2, L, D] each; statistics of all rows.
+
+  A half is what the block's attention takes: [B/2, L, D] of `transformer.Block` in training, queries over
+  a cache in generation (`inference.layer`). `slots`, `implementation`: as `moe.Moe` takes them.
+  """
+  (a_part, b_part), (a_valid_BL, b_valid_BL) = parts, valids
+  ffn, experts = block.ffn, moe.experts(c, implementation)
   weights = ffn.expert_weights(c)
 
   def start(x_BLD: jax.Array, valid_BL: jax.Array) -> tuple[Trip, moe.Routing]:
-    return ffn.start(c, rms_norm(x_BLD, block.ffn_norm_D[...], c.norm_eps), valid_BL)
+    return ffn.start(c, rms_norm(x_BLD, block.ffn_norm_D[...], c.norm_eps), valid_BL, slots)
 
   def shared(x_TD: jax.Array) -> jax.Array:
     return ffn.shared_output(c, x_TD.reshape(a_BLD.shape))
 
-  a_BLD = block.attend(c, a_BLD)
+  a_BLD = block.attend(c, a_part)
   a_trip, a_routing = start(a_BLD, a_valid_BL)
-  held, b_BLD = hold(a_trip.held, b_BLD)
+  held, b_part = hold(a_trip.held, b_part)
   a_trip = a_trip.after(held)
   # ---- out a, attention b
-  a_sent, heads_BLNV = a_trip.send(beside=block.heads(c, b_BLD))
-  b_BLD = block.add_attention(c, b_BLD, heads_BLNV)
+  a_sent, heads_BLNV = a_trip.send(beside=block.heads(c, b_part))
+  b_BLD = block.add_attention(c, b_part, heads_BLNV)
   b_trip, b_routing = start(b_BLD, b_valid_BL)
   a_arrived, held = a_trip.arrive(a_sent, beside=b_trip.held)
   b_trip = b_trip.after(held)
@@ -69,6 +80,7 @@ def run(
   )
   b_TD, b_shared_BLD = b_trip.home(b_returned, beside=shared(b_x_TD))
   # ---- further rounds
-  a_more_BLD, a_routing = ffn.finish(c, a_trip, a_TD, a_shared_BLD, a_routing)
-  b_more_BLD, b_routing = ffn.finish(c, b_trip, b_TD, b_shared_BLD, b_routing)
+  finish = functools.partial(ffn.finish, c, implementation=implementation)
+  a_more_BLD, a_routing = finish(a_trip, a_TD, a_shared_BLD, a_routing)
+  b_more_BLD, b_routing = finish(b_trip, b_TD, b_shared_BLD, b_routing)
   return (a_BLD + a_more_BLD, b_BLD + b_more_BLD), moe.merge(a_routing, b_routing)

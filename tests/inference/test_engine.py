@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_jax import config
 from dsv3_jax.config import ConfigError
+from dsv3_jax.inference import decode
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.sampling import Sampling
@@ -193,6 +194,40 @@ def test_a_mesh_gives_the_tokens_of_one_device(make_small, long):
   assert _ids(_run(engine, requests, at_once=8)) == _ids(_run(_engine(long, drafts=1), requests))
 
 
+def test_several_prompts_at_a_time_change_no_token(long, requests, plain):
+  engine = _engine(long, drafts=1, prompts=3)
+  assert _ids(_run(engine, requests[:48], at_once=8)) == _ids(plain)[:48]
+
+
+@pytest.mark.parametrize('drafts', [0, 2])
+def test_two_halves_out_of_step_change_no_token(long, requests, plain, drafts):
+  engine = _engine(long, drafts=drafts, dual_batch=True)
+  assert _ids(_run(engine, requests, at_once=8, seed=4)) == _ids(plain)
+
+
+def test_two_halves_on_a_mesh_give_the_tokens_of_one_device(make_small, long, requests, plain):
+  """Both hops of the exchange, and a chunk of two prompts on every device at a time."""
+  spread = make_small('long', config.Mesh(node=2, local=2, zero=1))
+  engine = _engine(spread, drafts=1, dual_batch=True)
+  prompts, run = [], engine._decoder.step
+  engine._decoder.step = lambda how, rows, cache: (
+    prompts.append(int((rows.count_B > 0).sum())),
+    run(how, rows, cache),
+  )[1]
+  assert _ids(_run(engine, requests[:48], at_once=8)) == _ids(plain)[:48]
+  assert max(prompts) == 8
+
+
+def test_halves_leave_the_cache_in_place(long):
+  """A copy of it would be made wherever one half wrote what the other may still read."""
+  engine = _engine(long, dual_batch=True)
+  how, c = engine._decode, long.config
+  traced, _, cache = decode.trace(c.model, long.device_mesh, how, 8, 1, 1 << 16)
+  size = cache.entries_YPMX.size * cache.entries_YPMX.dtype.itemsize
+  memory = traced.lower().compile().memory_analysis()
+  assert memory.temp_size_in_bytes < size / 8 < memory.alias_size_in_bytes
+
+
 def test_an_fp8_cache_moves_logprobs_a_little(long):
   requests = _requests(8, 4)
   runs = _run(_engine(long, cache='fp8'), requests)
@@ -210,6 +245,15 @@ def test_an_fp8_cache_moves_logprobs_a_little(long):
   [
     ({'slots': 0}, 'slots = 0: must be a positive multiple of the 1 devices'),
     ({'chunk': 100}, 'chunk = 100: must be a positive multiple of 64'),
+    ({'prompts': 9}, 'prompts = 9: must be between 1 and 8, the slots of a device'),
+    (
+      {'prompts': 1, 'dual_batch': True},
+      'prompts = 1: must be a multiple of 2: dual_batch halves the rows of each device',
+    ),
+    (
+      {'slots': 3, 'dual_batch': True},
+      'slots = 3: must be a multiple of 2: dual_batch halves the rows of each device',
+    ),
     ({'drafts': -1}, 'drafts = -1: must be at least 0'),
     ({'cache': 'int4'}, "cache = 'int4': must be 'plain' or 'fp8'"),
   ],

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from dsv3_jax import config, mesh, pods
 from dsv3_jax.codesign import hlo
 from dsv3_jax.compat import vary
+from dsv3_jax.inference import decode
+from dsv3_jax.inference.step import How
 from dsv3_jax.mesh import TOKENS
 from dsv3_jax.model.moe import Moe
 from dsv3_jax.parallel import plan
@@ -171,7 +173,11 @@ def _permutes(target: str, dual: bool, **options) -> list[hlo.Overlap]:
   in_specs = specs['params'], specs['router_bias'], P(TOKENS)
   mapped = jax.shard_map(run, mesh=device_mesh, in_specs=in_specs, out_specs=specs['params'])
   lowered = jax.jit(mapped).lower(params, bias, tokens_BL)
-  text = pods.compile(lowered, target, **options).as_text()
+  return _scanned(pods.compile(lowered, target, **options).as_text(), device_mesh)
+
+
+def _scanned(text: str, device_mesh: jax.sharding.Mesh) -> list[hlo.Overlap]:
+  """Permutes of scanned layers."""
   depth = {each.name: len(each.loops) for each in hlo.collectives(text, dict(device_mesh.shape))}
   found = [each for each in hlo.overlaps(text) if each.kind == 'collective-permute']
   return [each for each in found if depth[each.name] == 1]
@@ -206,6 +212,27 @@ def test_undivided_rows_hide_clearly_fewer(target, options):
 
 def test_with_asynchrony_switched_off_none_is_hidden():
   assert _beside_a_matmul(_permutes('h200:2x4', True, **_SYNCHRONOUS)) == 0
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+
+def _generation(target: str, prompt: bool, dual: bool, **options) -> list[hlo.Overlap]:
+  """Of a chunk of two prompts on each device, or of a token of 32 sequences; further rounds left out."""
+  c = _layers(False)
+  device_mesh = pods.make_mesh(c.mesh, target)
+  how = How(prompt, 0, c.model.vocab_size, dual_batch=dual)
+  sequences, length = (16, 128) if prompt else (256, 1)
+  traced, *_ = decode.trace(c.model, device_mesh, how, sequences, length, 1024)
+  return _scanned(pods.compile(traced.lower(), target, **options).as_text(), device_mesh)
+
+
+@_EACH
+@pytest.mark.parametrize('prompt', [True, False], ids=['prefill', 'decode'])
+def test_generation_in_two_halves_hides_four_fifths_of_its_permutes(target, options, prompt):
+  found = _generation(target, prompt, True, **options)
+  assert len(found) == 2 * 8  # out and back of two halves
+  assert _beside_a_matmul(found) >= 0.8
 
 
 # ---- a forward and a backward of a pipeline, in one program --------------------------------------
