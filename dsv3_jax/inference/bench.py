@@ -1,27 +1,20 @@
 """Benchmarks of generation: `python -m dsv3_jax.inference.bench WHAT`, a JSON on stdout.
 
   context                  time and memory of a decoded token, latent against expanded cache, by context
-  peer [WORKDIR]           tokens/s of the engine and of transformers' generate on the same weights
+  peer [WORKDIR]           tokens/s of the engine and of transformers' generate (`bench_peer`)
   drafts WORKDIR           what drafts of the MTP module give on held-out text, batch 1, and by which rule
 
 All sides of a comparison take turns in one process, and the ratio of a turn is taken before the median: on
-a shared machine only ratios within one run mean anything. `peer` wants the extra [parity].
+a shared machine only ratios within one run mean anything.
 
 `context` decodes one sequence with caches that are filled with zeros, which take as long as others, of a
 model of 4 layers, 16 heads and V3's rule for all else, YaRN at the lengths that ask for it. An expanded cache
 of more than 4 GB, as at 128K, is left out: on most machines it would not fit beside anything else.
-
-`peer` decodes greedily to a fixed length, all sides in FP32: the engine without drafts, and with one by the
-MTP module where the weights have it; transformers' fastest expert implementation and number of threads are
-found first and taken: on cores with other work OpenMP, which waits for its slowest thread, may be faster with
-one.
 """
 
 import argparse
 import dataclasses
 import datetime
-import importlib.util
-import itertools
 import json
 import os
 import statistics
@@ -33,24 +26,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax import config, console, flags, mesh, runtime
+from dsv3_jax import config, console, mesh, runtime
 from dsv3_jax.config import ConfigError
-from dsv3_jax.inference import acceptance, expanded
+from dsv3_jax.inference import acceptance, bench_engine, expanded
+from dsv3_jax.inference.bench_engine import PROMPT, spread
+from dsv3_jax.inference.bench_peer import peer
 from dsv3_jax.inference.decode import Decoder
-from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.sampling import GREEDY, Sampling, Samplings
 from dsv3_jax.inference.step import How, Rows
 from dsv3_jax.kernels.mla_decode import PAGE
 from dsv3_jax.model.transformer import Transformer
-from dsv3_jax.training import bench_transformers, reading, workdir
+from dsv3_jax.training import reading, workdir
 from dsv3_jax.training.checkpoint import CheckpointError
 
-_PROMPT = 64  # tokens
-_STEPS = 8  # of decoding in one call
 _MOST_BYTES = 4e9  # of an expanded cache that is measured
 
 
@@ -132,123 +123,13 @@ def context(args: argparse.Namespace) -> dict[str, Any]:
     }
     if 'expanded' in sides:
       ratios = [b / a for a, b in zip(seconds['latent'], seconds['expanded'], strict=True)]
-      told['expanded_over_latent'] = _spread(ratios)
+      told['expanded_over_latent'] = spread(ratios)
       told['memory_ratio'] = bytes_['expanded'] / bytes_['latent']
     found.append(told)
     print(json.dumps(found[-1]), file=sys.stderr)
     del sides, step, cache
   formula = expanded.bytes_per_token(c.model) / decoder.empty(1).bytes_per_token
   return {'contexts': found, 'memory_ratio_by_formula': formula}
-
-
-# ---- peer ----------------------------------------------------------------------------------------
-
-
-def peer(args: argparse.Namespace) -> dict[str, Any]:
-  missing = [name for name in ('torch', 'transformers') if not importlib.util.find_spec(name)]
-  if missing:
-    raise ConfigError(
-      f"{', '.join(missing)}: not installed; install the extra: pip install '.[parity]'"
-    )
-  if args.workdir:
-    loaded = workdir.load(args.workdir)
-    c, model = loaded.config, loaded.model
-  else:
-    c = flags.load('configs/quickstart.py')
-    c.model.mtp_depth = 0
-    c = config.freeze(c)
-    model = jax.jit(lambda key: Transformer(c.model, key))(jax.random.key(0))
-  device_mesh = mesh.make_mesh(c.mesh)
-  decoder = Decoder(c.model, device_mesh, model)
-  ways = {'engine': 0} | ({'engine, 1 draft': 1} if c.model.mtp_depth else {})
-  generate = _peer(c.model, model)
-  rng = np.random.default_rng(0)
-  found = []
-  for batch in (1, 16):
-    engines = {name: _engine(c.model, decoder, batch, k) for name, k in ways.items()}
-    draw = lambda batch=batch: rng.integers(6, c.model.vocab_size, (batch, _PROMPT))
-    few = min(args.tokens, 16)
-    fastest = min(_peer_ways(), key=lambda how: _timed(generate, how, draw(), few)[1])
-    for engine in engines.values():
-      _timed(_ours, engine, draw(), args.tokens)
-    seconds = {name: [] for name in (*engines, 'transformers')}
-    same, tokens = dict.fromkeys(engines, 0), batch * args.tokens
-    for _ in range(args.turns):
-      prompts_BL = draw()
-      theirs_BL, theirs_s = _timed(generate, fastest, prompts_BL, args.tokens)
-      seconds['transformers'].append(theirs_s)
-      for name, engine in engines.items():
-        ours_BL, ours_s = _timed(_ours, engine, prompts_BL, args.tokens)
-        seconds[name].append(ours_s)
-        same[name] += int((ours_BL == theirs_BL).sum())
-    over = lambda name: [b / a for a, b in zip(seconds[name], seconds['transformers'], strict=True)]
-    found.append(
-      {
-        'batch': batch,
-        'tokens_per_s': {name: tokens / statistics.median(s) for name, s in seconds.items()},
-        'ratio': {name: _spread(over(name)) for name in engines},
-        'same_tokens': {name: same[name] / (tokens * args.turns) for name in engines},
-        'acceptance': {name: engine.stats.acceptance for name, engine in engines.items()},
-        'experts, threads': fastest,
-      }
-    )
-    print(json.dumps(found[-1]), file=sys.stderr)
-  return {'prompt': _PROMPT, 'tokens': args.tokens, 'batches': found}
-
-
-def _peer_ways() -> list[tuple[str, int]]:
-  threads = sorted({1, len(os.sched_getaffinity(0))})
-  return list(itertools.product(('grouped_mm', 'batched_mm', 'eager'), threads))
-
-
-def _peer(c: config.Model, model: Transformer) -> Callable:
-  """((experts, threads), prompts [B, L], tokens) -> new tokens [B, tokens], by transformers."""
-  import torch
-  import transformers
-
-  params = nnx.to_pure_dict(nnx.state(model))
-  sizes = bench_transformers.peer_sizes(c) | {'use_cache': True}
-  theirs = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes)).float().eval()
-  weights = bench_transformers.peer_weights(c, params, params)
-  theirs.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
-  theirs.generation_config.eos_token_id = None
-
-  def generate(how: tuple[str, int], prompts_BL: np.ndarray, tokens: int) -> np.ndarray:
-    theirs.config._experts_implementation, threads = how
-    torch.set_num_threads(threads)
-    prompts = torch.from_numpy(prompts_BL)
-    with torch.inference_mode():
-      out = theirs.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=0,
-      )
-    return out[:, prompts_BL.shape[1] :].numpy()
-
-  return generate
-
-
-def _engine(c: config.Model, decoder: Decoder, slots: int, drafts: int = 0) -> Engine:
-  how = {'vocab_size': c.vocab_size, 'eos_ids': (), 'chunk': _PROMPT, 'drafts': drafts}
-  made = Engine(decoder, slots=slots, steps=_STEPS, **how)
-  made.warm_up()
-  return made
-
-
-def _ours(engine: Engine, prompts_BL: np.ndarray, tokens: int) -> np.ndarray:
-  return np.array(_continue(engine, [Request(row.tolist(), tokens) for row in prompts_BL]))
-
-
-def _continue(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
-  found = {id(request): [] for request in requests}
-  for request in requests:
-    engine.submit(request)
-  while not engine.idle:
-    for event in engine.step():
-      found[id(event.request)] += [token.id for token in event.tokens]
-  return [found[id(request)] for request in requests]
 
 
 # ---- drafts --------------------------------------------------------------------------------------
@@ -262,8 +143,8 @@ def drafts(args: argparse.Namespace) -> dict[str, Any]:
   tokens_BX, _ = reading.rows(loaded, None, args.rows * c.batch.seq_len)
   device_mesh = mesh.make_mesh(c.mesh)
   decoder = Decoder(c.model, device_mesh, model)
-  engines = {k: _engine(c.model, decoder, 1, drafts=k) for k in range(args.drafts + 1)}
-  prompts = [row[:_PROMPT].tolist() for row in tokens_BX[: args.rows]]
+  engines = {k: bench_engine.make(c.model, decoder, 1, drafts=k) for k in range(args.drafts + 1)}
+  prompts = [row[:PROMPT].tolist() for row in tokens_BX[: args.rows]]
   found = []
   for name, sampling in (('greedy', GREEDY), ('temperature 1', Sampling(1.0, 1.0, 1))):
     rates, stats = {k: [] for k in engines}, {}
@@ -273,7 +154,7 @@ def drafts(args: argparse.Namespace) -> dict[str, Any]:
       told = []
       for k, engine in engines.items():
         before = engine.stats.decode_seconds
-        [out] = _continue(engine, [Request(prompt, args.tokens, sampling, i)])
+        [out] = bench_engine.run(engine, [Request(prompt, args.tokens, sampling, i)])
         rates[k].append((len(out) - 1) / (engine.stats.decode_seconds - before))
         told.append(out)
       if any(out != told[0] for out in told):
@@ -282,7 +163,7 @@ def drafts(args: argparse.Namespace) -> dict[str, Any]:
       s = engine.stats
       stats[k] = {
         'tokens_per_s': statistics.median(rates[k]),
-        'speed_up': _spread([b / a for a, b in zip(rates[0], rates[k], strict=True)]),
+        'speed_up': spread([b / a for a, b in zip(rates[0], rates[k], strict=True)]),
         'acceptance': s.acceptance,
         'tokens_per_step': s.tokens_per_step,
       }
@@ -336,23 +217,12 @@ def rules_on(
 # ---- program -------------------------------------------------------------------------------------
 
 
-def _timed(run: Callable, *args: Any) -> tuple[Any, float]:
-  start = time.perf_counter()
-  result = run(*args)
-  return result, time.perf_counter() - start
-
-
-def _spread(ratios: Sequence[float]) -> dict[str, float]:
-  return {'median': statistics.median(ratios), 'least': min(ratios), 'most': max(ratios)}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
   """Exit code: 0, or 2 after one line about what cannot work."""
   return console.run('bench', _parse, _run, arguments, file='what', told=(CheckpointError,))
 
 
 def _run(args: argparse.Namespace) -> None:
-  runtime.keep_freed_memory()
   runtime.log_warnings_only()
   figures = {'what': args.what, **args.measure(args)}
   figures |= {'cores': os.cpu_count(), 'load_average': os.getloadavg()[0], 'jax': jax.__version__}
