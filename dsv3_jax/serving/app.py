@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hmac
 import json
+import pathlib
 import threading
 import time
 import uuid
@@ -34,13 +35,14 @@ from dsv3_jax.config import ConfigError
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.inference.requests import Event, Request, Token
 from dsv3_jax.inference.stream import StopText, TextStream
-from dsv3_jax.serving import asking, page
+from dsv3_jax.serving import asking
 from dsv3_jax.serving.asking import Asked, Refused
 from dsv3_jax.serving.chat import Chat
 from dsv3_jax.serving.sandbox import TemplateError
 from dsv3_jax.serving.worker import Busy, Ending, Worker
 
 _LINGER_S = 0.2
+_PAGE = pathlib.Path(__file__).with_name('chat.html').read_text(encoding='utf-8')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,5 +384,5 @@ async def _disconnected(http: HttpRequest) -> None:
 async def _page(http: HttpRequest) -> Response:
   del http
   return HTMLResponse(
-    page.HTML, headers={'content-security-policy': "default-src 'self' 'unsafe-inline'"}
+    _PAGE, headers={'content-security-policy': "default-src 'self' 'unsafe-inline'"}
   )

@@ -100,4 +100,4 @@ def test_strangers_are_refused_and_health_and_metrics_are_open(served):
   read = lambda path: urllib.request.urlopen(served.url + path, timeout=20).read().decode()
   assert json.loads(read('/health')) == {'status': 'ok'}
   assert 'dsv3_pages_owned 0\n' in read('/metrics') and 'status="401"' in read('/metrics')
-  assert 'class=drafted' in read('/')
+  assert 'class="drafted"' in read('/')
