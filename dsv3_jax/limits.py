@@ -21,6 +21,7 @@ _CHOICES = {
   'model.moe.dispatch.combine': ('bf16', 'logfmt8', 'logfmt10', 'plain'),
   'optimizer.moments': ('bf16', 'fp32'),
   'mesh.zero': (0, 1, 3),
+  'mesh.zero_by': ('collective', 'permutes'),
   'pipeline.executor': ('uniform', 'mpmd'),
   'pipeline.weight_part': ('deferred', 'at_once'),
 }
@@ -121,6 +122,12 @@ def check(c: Config) -> Config:
   if form in ('allgather', 'dense') and e.dispatch.combine.startswith('logfmt'):
     summed = f"be 'bf16' or 'plain': {form} sums on the way, where codes cannot be added"
     want(False, 'model.moe.dispatch.combine', summed)
+  if c.mesh.zero_by == 'permutes':
+    want(c.mesh.zero == 3, 'mesh.zero_by', f'be collective with mesh.zero = {c.mesh.zero}')
+    for axis in ('data', 'node', 'local'):
+      size = flat[f'mesh.{axis}']
+      halves = 'be a power of two with mesh.zero_by = permutes, which double a part in each step'
+      want(size & (size - 1) == 0, f'mesh.{axis}', halves)
   if c.mesh.pipe > 1:
     _check_pipeline(c, want)
   at_most('optimizer.end_lr', 'optimizer.peak_lr')

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config, mesh
-from dsv3_jax.codesign.traffic import ORIGINS, Moved
+from dsv3_jax.codesign.traffic import ORIGINS, Moved, word
 from dsv3_jax.inference import decode as decoding
 from dsv3_jax.inference.engine import CHUNK
 from dsv3_jax.inference.step import How
@@ -157,7 +157,7 @@ def _moved(equation: Any, name: str, times: int, sizes: dict[str, int]) -> Moved
   axes = equation.params.get('axis_name', equation.params.get('axes'))
   axes = axes if isinstance(axes, tuple) else (axes,)
   axes = tuple(a for a in sizes if a in axes and sizes[a] > 1)
-  kind = ORIGINS[name]
+  kind = word(name, str(equation.source_info.name_stack))
   members = math.prod(sizes[a] for a in axes)
   ends = equation.outvars if kind == 'gather' else equation.invars
   size = sum(x.aval.size * x.aval.dtype.itemsize for x in ends)

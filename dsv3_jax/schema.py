@@ -144,6 +144,8 @@ class Mesh:
   node: int = 1
   local: int = 1
   zero: int = 1  # state: 0 replicated | 1 split, gathered once a step | 3 gathered by layer
+  # how a layer's weights are gathered: 'collective', the backend's own | 'permutes', which TPUs run beside compute
+  zero_by: str = 'collective'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,13 +24,11 @@ case "${PLATFORM:?gpu or tpu}" in
     export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
     ;;
   tpu)
-    # Gathers of weights (ZeRO) start and end apart, fused with products between; without, all of them wait
-    # (tests/test_pods.py). The last one keeps gathers of narrow parts from becoming sums over zeros, twice the
-    # bytes. Flags of the same names for scatters changed nothing on v5p, nor did these a gather on tpu7x.
-    libtpu="--xla_enable_async_all_gather=true --xla_tpu_enable_async_collective_fusion=true"
-    libtpu="$libtpu --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true"
-    libtpu="$libtpu --xla_tpu_enable_async_collective_fusion_multiple_steps=true"
-    libtpu="$libtpu --xla_tpu_prefer_async_allgather_to_allreduce=true"
+    # Gathers of narrow parts stay gathers: without, they become sums over zeros, twice the bytes.
+    libtpu="--xla_tpu_prefer_async_allgather_to_allreduce=true"
+    # Nothing is set to fuse gathers with compute (xla_tpu_enable_async_collective_fusion): newer libtpu refuses it
+    # on all but v5e, for wrong results that it may give. With mesh.zero_by=permutes the program itself gathers
+    # by permutes, which start and end apart on every TPU.
     export LIBTPU_INIT_ARGS="$libtpu ${LIBTPU_INIT_ARGS:-}"
     ;;
   *)

@@ -8,14 +8,17 @@ import tempfile
 
 # Before any backend is made. Tests compile far more than they compute, so LLVM need not optimise, and
 # programs are cached for the workers and for the processes that tests start. The emitters that jax 0.12 can
-# no longer do without take half of the compile time of a mesh's program with 0.10.
+# no longer do without take half of the compile time of a mesh's program with 0.10, and cutting a program
+# into parts for threads, of which the workers leave none idle, takes a tenth of the rest.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
   '--xla_force_host_platform_device_count=16 --xla_backend_optimization_level=0 '
   '--xla_cpu_collective_call_terminate_timeout_seconds=300'
 )
 if importlib.metadata.version('jax').startswith('0.10.'):
-  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+  os.environ['XLA_FLAGS'] += (
+    ' --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+  )
 os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR', os.path.join(tempfile.gettempdir(), 'dsv3_jax_test_programs')
 )

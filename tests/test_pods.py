@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config, mesh, pods
 from dsv3_jax.codesign import hlo
+from dsv3_jax.parallel import zero
 
 _HAS_TPU = importlib.util.find_spec('libtpu') is not None
 _HAS_GPU = importlib.util.find_spec('jax_cuda13_plugin') is not None
@@ -199,28 +200,44 @@ def _launch_flags(platform: str, variable: str) -> dict[str, str]:
   return dict(flag.removeprefix('--').split('=') for flag in told.split())
 
 
-def _gather(target: str, **options: str) -> list[hlo.Overlap]:
-  """A weight is made whole beside a product that does not need it."""
+def _gathers(target: str, by: str) -> list[hlo.Overlap]:
+  """Forward and backward of layers whose last weight is split, with the launchers' flags."""
   grid = pods.make_mesh(config.Mesh(data=8), target)
+  placements = {('w_AB',): mesh.Placement(2, None, 0, ('data',))}
 
   def layer(x_TD, w_dD, v_DD):
-    return (x_TD @ v_DD) @ lax.all_gather(w_dD, 'data', axis=0, tiled=True)
+    w_DD = zero.gather({'w_AB': w_dD}, placements, w_dD.dtype, by=by)['w_AB']
+    for _ in range(4):
+      x_TD = jnp.tanh(x_TD @ v_DD)
+    return jnp.tanh(x_TD @ w_DD)
 
-  spec, part = P('data'), NamedSharding(grid, P('data'))
-  mapped = jax.shard_map(layer, mesh=grid, in_specs=(spec, spec, P()), out_specs=spec)
-  shape = lambda n, at: jax.ShapeDtypeStruct((n, 4096), jnp.bfloat16, sharding=at)
-  whole = NamedSharding(grid, P())
-  lowered = jax.jit(mapped).lower(shape(8 * 2048, part), shape(4096, part), shape(4096, whole))
-  found = hlo.overlaps(pods.compile(lowered, target, **options).as_text())
-  return [each for each in found if each.kind == 'all-gather']
+  def loss(w_YdD, x_TD, v_DD):
+    body = lambda x_TD, w_dD: (jax.checkpoint(layer)(x_TD, w_dD, v_DD), None)
+    return jnp.sum(lax.scan(body, x_TD, w_YdD)[0].astype(jnp.float32))
+
+  split = P(None, 'data')
+  in_specs = split, P('data'), P()
+  mapped = jax.shard_map(jax.grad(loss), mesh=grid, in_specs=in_specs, out_specs=split)
+  sizes = (6, 4096, 4096), (8 * 2048, 4096), (4096, 4096)
+  shapes = [
+    jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=NamedSharding(grid, spec))
+    for size, spec in zip(sizes, in_specs, strict=True)
+  ]
+  flags = _launch_flags('tpu', 'LIBTPU_INIT_ARGS')
+  return hlo.overlaps(pods.compile(jax.jit(mapped).lower(*shapes), target, **flags).as_text())
 
 
 @needs_tpu
-def test_a_gather_on_v5p_has_a_product_beside_it_with_the_flags_of_the_launchers_alone():
-  flags = _launch_flags('tpu', 'LIBTPU_INIT_ARGS')
-  (beside,), (alone,) = _gather('v5p:2x2x2', **flags), _gather('v5p:2x2x2')
-  assert beside.asynchronous and beside.matmuls
-  assert not alone.asynchronous
+def test_weights_gathered_and_scattered_by_permutes_have_products_beside_them_on_v5p():
+  found = _gathers('v5p:2x2x2', 'permutes')
+  assert [each.kind for each in found] == 9 * ['collective-permute']  # there, again, and back
+  assert all(each.asynchronous and each.matmuls for each in found)
+
+
+@needs_tpu
+def test_by_collectives_they_wait_on_v5p():
+  found = _gathers('v5p:2x2x2', 'collective')
+  assert len(found) == 3 and not any(each.asynchronous for each in found)
 
 
 @needs_gpu

@@ -64,6 +64,7 @@ class Collective:
   computation: str
   loops: tuple[Loop, ...]  # around it, from the outside in
   asynchronous: bool
+  scope: str = ''  # where the program has it: functions, transformations and named scopes around it
 
   @property
   def axes(self) -> tuple[str, ...]:
@@ -111,6 +112,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
       computation=found.computation,
       loops=module.loops(found.computation),
       asynchronous=found.asynchronous,
+      scope=found.scope,
     )
     for found in module.collectives()
   ]
@@ -167,7 +169,7 @@ _KERNEL = re.compile(
 )
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _STEP = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
-_ORIGIN = re.compile(r'op_name="(?:[^"]*/)?([^"/]*)"')
+_ORIGIN = re.compile(r'op_name="(?:([^"]*)/)?([^"/]*)"')
 _VALUE = re.compile(r'constant\((\d+)\)')
 _INDEX = re.compile(r'\bindex=(\d+)')
 _SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
@@ -201,8 +203,16 @@ class _Found:
 
   @property
   def origin(self) -> str:
+    return self._names[1]
+
+  @property
+  def scope(self) -> str:
+    return self._names[0]
+
+  @property
+  def _names(self) -> tuple[str, str]:
     names = _ORIGIN.search(self.inner.attributes) or _ORIGIN.search(self.start.attributes)
-    return names[1] if names else ''
+    return (names[1] or '', names[2]) if names else ('', '')
 
 
 class _Module:

@@ -4,7 +4,8 @@ A program is written with `ppermute`, `all_gather`, `reduce_scatter` and sums. C
 suits the links: TPU's gathers over far-flung groups come as a ring of permutes, or as an all-reduce over
 zeros. So collectives are put back under the word they were written with, and counted by payload: the
 bytes of one device's gathered result or unreduced input, or what a permute hands on. A payload does not
-depend on the algorithm; what crosses links is `Row.sent`.
+depend on the algorithm; what crosses links is `Row.sent`. Permutes are of the experts' exchange, or of ZeRO
+(`parallel/zero.py`), which gathers and scatters by them: 'zero'.
 
 Loops around a collective multiply it. The number of micro-batches may be an argument of the program, and
 rounds of an exchange behind the first one run only where routing overflows the buffers: the caller says
@@ -16,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from dsv3_jax.codesign.hlo import Collective, Loop, Overlap
+from dsv3_jax.parallel import zero
 
 # What JAX calls them -> the word in the table.
 ORIGINS = {
@@ -30,6 +32,7 @@ ORIGINS = {
   'pmin': 'sum',
   'pmax': 'sum',
 }
+_PERMUTED = 'exchange', 'zero'
 _BY_FORM = {'all-gather': 'gather', 'reduce-scatter': 'scatter'}
 
 
@@ -48,7 +51,7 @@ class Moved:
     """Bytes that a device sends."""
     ways = (self.members - 1) / self.members
     doubled = 2 if self.form == 'all-reduce' or self.kind == 'sum' else 1
-    return self.payload if self.kind == 'exchange' else self.payload * ways * doubled
+    return self.payload if self.kind in _PERMUTED else self.payload * ways * doubled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,11 @@ class Row:
     return self.compiled / self.written if self.written else math.inf
 
 
+def word(origin: str, scope: str) -> str | None:
+  """In the table, for what JAX calls `origin` in the scope of a program; None where it is no collective's."""
+  return 'zero' if zero.PERMUTES in scope and origin == 'ppermute' else ORIGINS.get(origin)
+
+
 def times(loops: Iterable[Loop], outermost: int) -> int:
   """How often what stands in these loops runs."""
   total = 1
@@ -83,13 +91,13 @@ def compiled(each: Collective, sizes: Mapping[str, int], outermost: int) -> Move
   """A collective under the word it was written with."""
   ways = math.prod(sizes[axis] for axis in each.axes)
   form = each.kind
-  kind = ORIGINS.get(each.origin) or _BY_FORM.get(form)
+  kind = word(each.origin, each.scope) or _BY_FORM.get(form)
   size = max(each.operand_bytes, each.result_bytes) if kind == 'gather' else each.operand_bytes
   members = each.members
   if kind is None and form == 'collective-permute':  # one hop of a ring that gathers
     kind, members = 'gather', ways
     size *= ways / max(ways - 1, 1)
-  elif kind == 'exchange' and form == 'collective-permute':
+  elif kind in _PERMUTED and form == 'collective-permute':
     size *= max(each.share.values(), default=0)
   elif (
     kind is None

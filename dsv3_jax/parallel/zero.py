@@ -8,6 +8,11 @@ over `zero_axes`). What differs is when weights become whole:
 
 Gathers move the compute dtype, not FP32. Bytes received per device and gather of a weight of n elements
 split w ways: n (w-1)/w times the size of that dtype.
+
+A layer's weights are gathered by the backend's all_gather, or (`zero_by='permutes'`) by recursive doubling:
+log2 w permutes, of as many bytes together. TPUs start and end permutes apart, but gathers and scatters only
+fused with compute, which libtpu accepts for v5e alone. The transpose halves: log2 w sums in the dtype of the
+weight where a scatter has one.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +24,8 @@ from jax import lax
 
 from dsv3_jax import compat
 from dsv3_jax.mesh import AXES, Placement, path_names
+
+PERMUTES = 'zero_permutes'  # scope of those that gather and scatter, by which programs are read
 
 # Kept in FP32: the router decides near ties, the embedding's gradient adds up many rows.
 _NOT_CAST = ('router_DE', 'embed_VD')
@@ -41,8 +48,9 @@ def gather(
   *,
   prefix: tuple[str, ...] = (),
   stacked: int = 0,
+  by: str = 'collective',
 ) -> Any:
-  """Makes every split weight below `prefix` whole, in `dtype`.
+  """Makes every split weight below `prefix` whole, in `dtype`, by `mesh.zero_by`.
 
   `stacked` leading dimensions of the stored weight are gone from `tree` already (a scan walks them).
   """
@@ -54,14 +62,38 @@ def gather(
       return x
     x = cast(names[-1], x, dtype)
     # [.., n/w, ..] on each of zero_axes -> [.., n, ..], the same everywhere, typed as varying.
-    return lax.all_gather(x, at.zero_axes, axis=at.zero_dim - stacked, tiled=True)
+    dim = at.zero_dim - stacked
+    if by == 'permutes':
+      return _double(x, at.zero_axes, dim)
+    return lax.all_gather(x, at.zero_axes, axis=dim, tiled=True)
 
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def by_layer(placements: Placements, dtype: jnp.dtype) -> Callable[[str, Any], Any]:
+@jax.named_scope(PERMUTES)
+def _double(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+  """`lax.all_gather(x, axes, axis=dim, tiled=True)` over axes whose sizes are powers of two.
+
+  The farthest device comes first, with the least to send; every step sends what all before it have brought.
+  """
+  part = x.shape[dim]
+  for axis in axes:
+    size = lax.axis_size(axis)
+    for distance in (size >> bit for bit in range(1, size.bit_length())):
+      other = lax.ppermute(x, axis, [(i, i ^ distance) for i in range(size)])
+      lower = lax.axis_index(axis) & distance == 0
+      pair = jnp.where(lower, x, other), jnp.where(lower, other, x)
+      # [.., parts so far x part, ..] twice -> each part beside the one that came for it.
+      cut = [y.reshape(*y.shape[:dim], -1, part, *y.shape[dim + 1 :]) for y in pair]
+      x = jnp.stack(cut, axis=dim + 1).reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+  return x
+
+
+def by_layer(
+  placements: Placements, dtype: jnp.dtype, by: str = 'collective'
+) -> Callable[[str, Any], Any]:
   """(name of a stack, one layer of it as stored) -> its weights, whole."""
-  return lambda name, module: gather(module, placements, dtype, prefix=(name,), stacked=1)
+  return lambda name, module: gather(module, placements, dtype, prefix=(name,), stacked=1, by=by)
 
 
 def cast(name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 import runs
 from runs import run
 
-_SHAPES = [  # data, node, local, ZeRO
+_SHAPES = [  # data, node, local, ZeRO, and by what, where not by collectives
   (8, 1, 1, 0),
   (8, 1, 1, 1),
   (2, 2, 2, 0),
@@ -18,6 +18,7 @@ _SHAPES = [  # data, node, local, ZeRO
   (1, 2, 4, 1),
   (4, 2, 1, 3),
   (1, 1, 8, 3),
+  (2, 2, 2, 3, 'permutes'),
 ]
 
 
@@ -65,7 +66,7 @@ def test_after_20_steps_weights_and_moments_are_those_of_one_device(shape):
 
 def _stored_parts(name: str, shape: tuple[int, ...]) -> int:
   """Over how many devices one array of the state is split; the suffix of its name says what it is."""
-  data, node, local, zero = shape
+  data, node, local, zero, *_ = shape
   letters = name.rpartition('_')[2]
   if len(letters) == 1:  # norms weigh nothing
     return 1

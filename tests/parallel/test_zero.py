@@ -1,0 +1,84 @@
+"""Gathers by permutes against the backend's own, forward and backward; what they send, compiled."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax import config, lowering, mesh
+from dsv3_jax.codesign import hlo, traffic
+from dsv3_jax.mesh import TOKENS
+from dsv3_jax.parallel import zero
+
+
+@pytest.mark.parametrize('sizes', [(4, 2, 2), (2, 1, 4), (1, 8, 1), (16, 1, 1)], ids=str)
+@pytest.mark.parametrize('dim', [0, 1])
+def test_permutes_gather_and_scatter_what_collectives_do(sizes, dim):
+  device_mesh = mesh.make_mesh(config.Mesh(1, *sizes))
+  ways = int(np.prod(sizes))
+  rng = np.random.default_rng(0)
+  shape = (3 * ways, 5) if dim == 0 else (5, 3 * ways)
+  x = rng.integers(-50, 50, shape).astype(np.float32)
+  dy = rng.integers(-50, 50, (ways, *shape)).astype(np.float32)  # sums are exact
+  spec = P(*(TOKENS if d == dim else None for d in range(2)))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(by, x, dy):
+    placement = mesh.Placement(2, None, dim, TOKENS)
+
+    def on_device(x, dy):
+      gather = lambda x: zero.gather({'w_AB': x}, {('w_AB',): placement}, x.dtype, by=by)['w_AB']
+      y, back = jax.vjp(gather, x)
+      return y[None], back(dy[0])[0]
+
+    in_specs, out_specs = (spec, P(TOKENS)), (P(TOKENS), spec)
+    mapped = jax.shard_map(on_device, mesh=device_mesh, in_specs=in_specs, out_specs=out_specs)
+    return mapped(x, dy)
+
+  y, dx = run('permutes', x, dy)
+  np.testing.assert_array_equal(y, np.broadcast_to(x, y.shape))
+  np.testing.assert_array_equal(dx, dy.sum(0))
+  for ours, theirs in zip((y, dx), run('collective', x, dy), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_step_by_permutes_sends_the_bytes_of_its_gathers_and_scatters():
+  """Of scanned layers: where none is, XLA:CPU merges the permutes of a forward with those of its recomputation."""
+  sizes = {'mesh.data': 4, 'mesh.node': 2, 'mesh.local': 2, 'mesh.zero': 3, 'model.remat': 'block'}
+  sizes |= {'model.num_dense_layers': 0, 'model.mtp_depth': 0}
+  sizes |= {'batch.size': 32, 'batch.start_size': 16, 'batch.micro_size': 16}
+  moved = {}
+  for by in ('collective', 'permutes'):
+    c = parity.small(sizes | {'mesh.zero_by': by})
+    device_mesh = mesh.make_mesh(c.mesh)
+    program = lowering.train(c, device_mesh)
+    shape = dict(device_mesh.shape)
+    moved[by] = lowering.read(program, shape).moved
+  sent = lambda by, kinds: sum(m.sent for m in moved[by] if m.kind in kinds)
+  rest = sent('permutes', ('gather', 'scatter'))  # once a step: embedding and head
+  whole = sent('collective', ('gather', 'scatter'))
+  assert 0 < rest < whole / 2
+  assert sent('permutes', ('zero',)) == pytest.approx(whole - rest)
+  found = hlo.collectives(program.traced.lower().compile().as_text(), shape)
+  zeros = [traffic.compiled(each, shape, program.outermost) for each in found]
+  compiled = sum(m.payload for m in zeros if m.kind == 'zero')
+  assert compiled == pytest.approx(sent('permutes', ('zero',)))
+
+
+def test_a_gather_by_permutes_sums_in_a_tree():
+  """16 equal parts of a gradient in BF16: one after another 256 + 1 would stay 256."""
+  device_mesh = mesh.make_mesh(config.Mesh(data=16))
+  dy = np.full((16, 16), 17.0, np.float32).astype(jnp.bfloat16)
+
+  def on_device(dy):
+    gather = lambda x: zero._double(x, ('data',), 0)
+    _, back = jax.vjp(gather, lax.dynamic_slice_in_dim(dy[0], 0, 1))
+    return back(dy[0])[0]
+
+  mapped = jax.shard_map(on_device, mesh=device_mesh, in_specs=P(TOKENS), out_specs=P(TOKENS))
+  np.testing.assert_array_equal(np.asarray(jax.jit(mapped)(dy), np.float32), 16 * 17)
