@@ -21,7 +21,6 @@ _CHOICES = {
   'model.moe.dispatch.combine': ('bf16', 'logfmt8', 'logfmt10', 'plain'),
   'optimizer.moments': ('bf16', 'fp32'),
   'mesh.zero': (0, 1, 3),
-  'mesh.zero_by': ('collective', 'permutes'),
   'pipeline.executor': ('uniform', 'mpmd'),
   'pipeline.weight_part': ('deferred', 'at_once'),
 }
@@ -33,7 +32,7 @@ _MAY_BE_ZERO = {
   'optimizer.weight_decay', 'optimizer.ema_decay', 'objective.mtp_weight',
   'objective.mtp_weight_late', 'objective.mtp_late_tokens', 'objective.balance_alpha',
   'objective.bias_speed', 'objective.bias_stop_tokens', 'data.fim_rate', 'data.workers',
-  'checkpoint.keep_every', 'run.seed', 'run.eval_every',
+  'checkpoint.keep_every', 'run.seed', 'run.eval_every', 'mesh.zero_permutes',
 }  # fmt: skip
 _MAY_BE_EMPTY = {'data.tokenizer', 'data.cache_dir', 'run.prompt', 'run.init_from'}
 _BELOW_ONE = ('optimizer.beta1', 'optimizer.beta2', 'optimizer.ema_decay', 'data.heldout')
@@ -122,12 +121,12 @@ def check(c: Config) -> Config:
   if form in ('allgather', 'dense') and e.dispatch.combine.startswith('logfmt'):
     summed = f"be 'bf16' or 'plain': {form} sums on the way, where codes cannot be added"
     want(False, 'model.moe.dispatch.combine', summed)
-  if c.mesh.zero_by == 'permutes':
-    want(c.mesh.zero == 3, 'mesh.zero_by', f'be collective with mesh.zero = {c.mesh.zero}')
+  if c.mesh.zero_permutes:
+    want(c.mesh.zero == 3, 'mesh.zero_permutes', f'be 0 with mesh.zero = {c.mesh.zero}')
     for axis in ('data', 'node', 'local'):
       size = flat[f'mesh.{axis}']
-      halves = 'be a power of two with mesh.zero_by = permutes, which double a part in each step'
-      want(size & (size - 1) == 0, f'mesh.{axis}', halves)
+      doubled = 'be a power of two with mesh.zero_permutes, which double a part in each step'
+      want(size & (size - 1) == 0, f'mesh.{axis}', doubled)
   if c.mesh.pipe > 1:
     _check_pipeline(c, want)
   at_most('optimizer.end_lr', 'optimizer.peak_lr')

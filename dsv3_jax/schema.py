@@ -144,8 +144,9 @@ class Mesh:
   node: int = 1
   local: int = 1
   zero: int = 1  # state: 0 replicated | 1 split, gathered once a step | 3 gathered by layer
-  # how a layer's weights are gathered: 'collective', the backend's own | 'permutes', which TPUs run beside compute
-  zero_by: str = 'collective'
+  # with zero 3, weights of at least so many elements are gathered by permutes, which TPUs run beside compute,
+  # smaller ones by the backend's collective; 0: none
+  zero_permutes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

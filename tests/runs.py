@@ -87,10 +87,8 @@ class Run:
 
 
 @functools.cache
-def run(
-  data: int = 1, node: int = 1, local: int = 1, zero: int = 0, zero_by: str = 'collective'
-) -> Run:
-  c = configure(data, node, local, zero, {'mesh.zero_by': zero_by})
+def run(data: int = 1, node: int = 1, local: int = 1, zero: int = 0, permutes: int = 0) -> Run:
+  c = configure(data, node, local, zero, {'mesh.zero_permutes': permutes})
   step = make_step(c, mesh.make_mesh(c.mesh))
   state, metrics, states, compilations = place(c, parity.random_state(c)), [], [], []
   for i in range(STEPS):

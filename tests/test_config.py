@@ -129,7 +129,7 @@ def test_an_unknown_key_is_named_with_the_one_that_is_meant(key, meant):
 def test_an_unknown_key_like_no_other_gets_the_known_ones():
   with pytest.raises(ConfigError) as caught:
     config.check_key('mesh.xyzzy', 'mesh.xyzzy = 1')
-  known = 'data, local, node, pipe, zero, zero_by'
+  known = 'data, local, node, pipe, zero, zero_permutes'
   assert str(caught.value) == f'mesh.xyzzy = 1: no such key; known here: {known}'
 
 
@@ -145,7 +145,7 @@ def test_a_group_is_no_value_and_a_value_no_group():
   ):
     config.check_key('batch', 'batch')
   assert message(changed('mesh', 8)) == (
-    'mesh = 8: must be a group of keys: pipe, data, node, local, zero, zero_by'
+    'mesh = 8: must be a group of keys: pipe, data, node, local, zero, zero_permutes'
   )
   told = message(changed('batch.size', ml_collections.ConfigDict({'a': 1})))
   assert told.startswith('batch.size = ') and 'must be a whole number, not ConfigDict' in told
@@ -257,12 +257,12 @@ def test_a_placeholder_that_was_filled_counts_as_its_value():
     ({'mesh.zero': 2}, 'mesh.zero = 2: must be one of 0, 1, 3'),
     ({'mesh.zero': -1}, 'mesh.zero = -1: must be one of 0, 1, 3'),
     (
-      {'mesh.zero': 1, 'mesh.zero_by': 'permutes'},
-      "mesh.zero_by = 'permutes': must be collective with mesh.zero = 1",
+      {'mesh.zero': 1, 'mesh.zero_permutes': 1},
+      'mesh.zero_permutes = 1: must be 0 with mesh.zero = 1',
     ),
     (
-      {'mesh.zero': 3, 'mesh.zero_by': 'permutes', 'mesh.data': 3},
-      'mesh.data = 3: must be a power of two with mesh.zero_by = permutes',
+      {'mesh.zero': 3, 'mesh.zero_permutes': 1, 'mesh.data': 3},
+      'mesh.data = 3: must be a power of two with mesh.zero_permutes',
     ),
     ({'optimizer.beta1': 1.0}, 'optimizer.beta1 = 1.0: must be below 1'),
     ({'optimizer.beta2': 1.0}, 'optimizer.beta2 = 1.0: must be below 1'),

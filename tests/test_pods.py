@@ -200,13 +200,13 @@ def _launch_flags(platform: str, variable: str) -> dict[str, str]:
   return dict(flag.removeprefix('--').split('=') for flag in told.split())
 
 
-def _gathers(target: str, by: str) -> list[hlo.Overlap]:
+def _gathers(target: str, permutes: int) -> list[hlo.Overlap]:
   """Forward and backward of layers whose last weight is split, with the launchers' flags."""
   grid = pods.make_mesh(config.Mesh(data=8), target)
   placements = {('w_AB',): mesh.Placement(2, None, 0, ('data',))}
 
   def layer(x_TD, w_dD, v_DD):
-    w_DD = zero.gather({'w_AB': w_dD}, placements, w_dD.dtype, by=by)['w_AB']
+    w_DD = zero.gather({'w_AB': w_dD}, placements, w_dD.dtype, permutes=permutes)['w_AB']
     for _ in range(4):
       x_TD = jnp.tanh(x_TD @ v_DD)
     return jnp.tanh(x_TD @ w_DD)
@@ -229,14 +229,14 @@ def _gathers(target: str, by: str) -> list[hlo.Overlap]:
 
 @needs_tpu
 def test_weights_gathered_and_scattered_by_permutes_have_products_beside_them_on_v5p():
-  found = _gathers('v5p:2x2x2', 'permutes')
+  found = _gathers('v5p:2x2x2', 1)
   assert [each.kind for each in found] == 9 * ['collective-permute']  # there, again, and back
   assert all(each.asynchronous and each.matmuls for each in found)
 
 
 @needs_tpu
 def test_by_collectives_they_wait_on_v5p():
-  found = _gathers('v5p:2x2x2', 'collective')
+  found = _gathers('v5p:2x2x2', 0)
   assert len(found) == 3 and not any(each.asynchronous for each in found)
 
 

@@ -9,10 +9,10 @@ over `zero_axes`). What differs is when weights become whole:
 Gathers move the compute dtype, not FP32. Bytes received per device and gather of a weight of n elements
 split w ways: n (w-1)/w times the size of that dtype.
 
-A layer's weights are gathered by the backend's all_gather, or (`zero_by='permutes'`) by recursive doubling:
+A layer's large weights may be gathered by recursive doubling (`mesh.zero_permutes`) instead of by all_gather:
 log2 w permutes, of as many bytes together. TPUs start and end permutes apart, but gathers and scatters only
 fused with compute, which libtpu accepts for v5e alone. The transpose halves: log2 w sums in the dtype of the
-weight where a scatter has one.
+weight where a scatter has one. Of small weights many permutes would come, and long compilations.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,11 +48,12 @@ def gather(
   *,
   prefix: tuple[str, ...] = (),
   stacked: int = 0,
-  by: str = 'collective',
+  permutes: int = 0,
 ) -> Any:
-  """Makes every split weight below `prefix` whole, in `dtype`, by `mesh.zero_by`.
+  """Makes every split weight below `prefix` whole, in `dtype`.
 
   `stacked` leading dimensions of the stored weight are gone from `tree` already (a scan walks them).
+  `permutes`: elements of a whole weight from which on it is gathered by permutes; 0 for never.
   """
 
   def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
@@ -63,7 +64,7 @@ def gather(
     x = cast(names[-1], x, dtype)
     # [.., n/w, ..] on each of zero_axes -> [.., n, ..], the same everywhere, typed as varying.
     dim = at.zero_dim - stacked
-    if by == 'permutes':
+    if permutes and x.size * lax.axis_size(at.zero_axes) >= permutes:
       return _double(x, at.zero_axes, dim)
     return lax.all_gather(x, at.zero_axes, axis=dim, tiled=True)
 
@@ -90,10 +91,12 @@ def _double(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
 
 
 def by_layer(
-  placements: Placements, dtype: jnp.dtype, by: str = 'collective'
+  placements: Placements, dtype: jnp.dtype, permutes: int = 0
 ) -> Callable[[str, Any], Any]:
   """(name of a stack, one layer of it as stored) -> its weights, whole."""
-  return lambda name, module: gather(module, placements, dtype, prefix=(name,), stacked=1, by=by)
+  return lambda name, module: gather(
+    module, placements, dtype, prefix=(name,), stacked=1, permutes=permutes
+  )
 
 
 def cast(name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:

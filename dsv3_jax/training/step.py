@@ -133,7 +133,7 @@ def _gradients(
   if c.mesh.pipe > 1:
     return pipelined.gradients(c, at, state, tokens_AbX, count, mtp_weight)
 
-  unshard = zero.by_layer(placements, dtype, c.mesh.zero_by) if by_layer else whole
+  unshard = zero.by_layer(placements, dtype, c.mesh.zero_permutes) if by_layer else whole
 
   def loss_fn(params: Any, tokens_bX: jax.Array) -> tuple[jax.Array, Terms]:
     model = at.module(params, state['router_bias'])

@@ -9,7 +9,7 @@ import pytest
 import runs
 from runs import run
 
-_SHAPES = [  # data, node, local, ZeRO, and by what, where not by collectives
+_SHAPES = [  # data, node, local, ZeRO, and from which size on by permutes
   (8, 1, 1, 0),
   (8, 1, 1, 1),
   (2, 2, 2, 0),
@@ -18,7 +18,7 @@ _SHAPES = [  # data, node, local, ZeRO, and by what, where not by collectives
   (1, 2, 4, 1),
   (4, 2, 1, 3),
   (1, 1, 8, 3),
-  (2, 2, 2, 3, 'permutes'),
+  (2, 2, 2, 3, 1),
 ]
 
 

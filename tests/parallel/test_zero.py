@@ -28,11 +28,13 @@ def test_permutes_gather_and_scatter_what_collectives_do(sizes, dim):
   spec = P(*(TOKENS if d == dim else None for d in range(2)))
 
   @functools.partial(jax.jit, static_argnums=0)
-  def run(by, x, dy):
+  def run(permutes, x, dy):
     placement = mesh.Placement(2, None, dim, TOKENS)
 
     def on_device(x, dy):
-      gather = lambda x: zero.gather({'w_AB': x}, {('w_AB',): placement}, x.dtype, by=by)['w_AB']
+      gather = lambda x: zero.gather(
+        {'w_AB': x}, {('w_AB',): placement}, x.dtype, permutes=permutes
+      )['w_AB']
       y, back = jax.vjp(gather, x)
       return y[None], back(dy[0])[0]
 
@@ -40,10 +42,10 @@ def test_permutes_gather_and_scatter_what_collectives_do(sizes, dim):
     mapped = jax.shard_map(on_device, mesh=device_mesh, in_specs=in_specs, out_specs=out_specs)
     return mapped(x, dy)
 
-  y, dx = run('permutes', x, dy)
+  y, dx = run(1, x, dy)
   np.testing.assert_array_equal(y, np.broadcast_to(x, y.shape))
   np.testing.assert_array_equal(dx, dy.sum(0))
-  for ours, theirs in zip((y, dx), run('collective', x, dy), strict=True):
+  for ours, theirs in zip((y, dx), run(0, x, dy), strict=True):
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -53,21 +55,21 @@ def test_a_step_by_permutes_sends_the_bytes_of_its_gathers_and_scatters():
   sizes |= {'model.num_dense_layers': 0, 'model.mtp_depth': 0}
   sizes |= {'batch.size': 32, 'batch.start_size': 16, 'batch.micro_size': 16}
   moved = {}
-  for by in ('collective', 'permutes'):
-    c = parity.small(sizes | {'mesh.zero_by': by})
+  for permutes in (0, 1):
+    c = parity.small(sizes | {'mesh.zero_permutes': permutes})
     device_mesh = mesh.make_mesh(c.mesh)
     program = lowering.train(c, device_mesh)
     shape = dict(device_mesh.shape)
-    moved[by] = lowering.read(program, shape).moved
-  sent = lambda by, kinds: sum(m.sent for m in moved[by] if m.kind in kinds)
-  rest = sent('permutes', ('gather', 'scatter'))  # once a step: embedding and head
-  whole = sent('collective', ('gather', 'scatter'))
+    moved[permutes] = lowering.read(program, shape).moved
+  sent = lambda permutes, kinds: sum(m.sent for m in moved[permutes] if m.kind in kinds)
+  rest = sent(1, ('gather', 'scatter'))  # once a step: embedding and head
+  whole = sent(0, ('gather', 'scatter'))
   assert 0 < rest < whole / 2
-  assert sent('permutes', ('zero',)) == pytest.approx(whole - rest)
+  assert sent(1, ('zero',)) == pytest.approx(whole - rest)
   found = hlo.collectives(program.traced.lower().compile().as_text(), shape)
   zeros = [traffic.compiled(each, shape, program.outermost) for each in found]
   compiled = sum(m.payload for m in zeros if m.kind == 'zero')
-  assert compiled == pytest.approx(sent('permutes', ('zero',)))
+  assert compiled == pytest.approx(sent(1, ('zero',)))
 
 
 def test_a_gather_by_permutes_sums_in_a_tree():

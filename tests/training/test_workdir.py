@@ -62,7 +62,7 @@ def _changed(value):
 
 
 _FREE = {
-  'mesh.pipe', 'mesh.data', 'mesh.node', 'mesh.local', 'mesh.zero', 'mesh.zero_by', 'checkpoint.every_steps',
+  'mesh.pipe', 'mesh.data', 'mesh.node', 'mesh.local', 'mesh.zero', 'mesh.zero_permutes', 'checkpoint.every_steps',
   'checkpoint.keep_last', 'checkpoint.keep_every', 'run.log_every', 'run.eval_every', 'run.eval_bytes',
   'run.prompt', 'run.total_tokens', 'data.workers', 'data.cache_dir', 'model.remat', 'model.unroll', 'model.dual_batch',
   'pipeline.executor', 'pipeline.weight_part',
