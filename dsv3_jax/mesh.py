@@ -9,8 +9,8 @@
 
 Tokens are split over (`data`, `node`, `local`), routed experts over (`node`, `local`). Everything else
 is replicated there, or (ZeRO) stored split over the devices that would hold copies of it: the weights
-of routed experts over `data`, all others over (`data`, `node`, `local`) where a dimension divides, and both
-over `pipe` besides: the state knows nothing of stages.
+of routed experts over `data`, all others over as many of (`data`, `node`, `local`) as a dimension divides by into
+parts that are not narrower than memory has them, and both over `pipe` besides: the state knows nothing of stages.
 """
 
 import dataclasses
@@ -98,12 +98,21 @@ def _place(name: str, shape: tuple[int, ...], sizes: config.Mesh) -> Placement:
   )
   if sizes.pipe > 1:
     groups = [('pipe', *axes) for axes in groups] + [('pipe',)] + groups
+  found = []
   for axes in groups:
     ways = int(np.prod([getattr(sizes, a) for a in axes]))
-    dims = [d for d in range(stacked, len(shape)) if d != expert_dim and shape[d] % ways == 0]
-    if dims and ways > 1:
-      return dataclasses.replace(whole, zero_dim=max(dims, key=lambda d: shape[d]), zero_axes=axes)
-  return whole
+    for d in range(stacked, len(shape) if ways > 1 else 0):
+      if d != expert_dim and shape[d] % ways == 0:
+        part = (*shape[:d], shape[d] // ways, *shape[d + 1 :])
+        at = dataclasses.replace(whole, zero_dim=d, zero_axes=axes)
+        found.append(((_padded(part[stacked:]), -ways, -shape[d]), at))
+  return min(found, key=lambda each: each[0])[1] if found else whole
+
+
+def _padded(shape: tuple[int, ...]) -> int:
+  """Elements that an array takes on a TPU, in tiles of 8 x 128: a column alone 128 times its own."""
+  *outer, rows, columns = shape
+  return int(np.prod(outer)) * (-(-rows // 8) * 8) * (-(-columns // 128) * 128)
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:

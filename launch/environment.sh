@@ -24,12 +24,9 @@ case "${PLATFORM:?gpu or tpu}" in
     export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
     ;;
   tpu)
-    # Gathers of narrow parts stay gathers: without, they become sums over zeros, twice the bytes.
-    libtpu="--xla_tpu_prefer_async_allgather_to_allreduce=true"
     # Nothing is set to fuse gathers with compute (xla_tpu_enable_async_collective_fusion): newer libtpu refuses it
     # on all but v5e, for wrong results that it may give. With mesh.zero_permutes the program itself gathers
     # large weights by permutes, which start and end apart on every TPU.
-    export LIBTPU_INIT_ARGS="$libtpu ${LIBTPU_INIT_ARGS:-}"
     ;;
   *)
     echo "environment.sh: PLATFORM=$PLATFORM: must be gpu or tpu" >&2

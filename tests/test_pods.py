@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -187,21 +186,8 @@ def test_with_asynchronous_permutes_switched_off_nothing_is_beside_them(target, 
   assert found and not any(each.asynchronous or each.matmuls for each in found)
 
 
-def _launch_flags(platform: str, variable: str) -> dict[str, str]:
-  """Compiler options that `launch/environment.sh` exports."""
-  script = pathlib.Path(__file__).parents[1] / 'launch' / 'environment.sh'
-  told = subprocess.run(
-    ['bash', '-c', f'. {script} && printf %s "${variable}"'],
-    env={'PATH': os.environ['PATH'], 'PLATFORM': platform},
-    capture_output=True,
-    text=True,
-    check=True,
-  ).stdout
-  return dict(flag.removeprefix('--').split('=') for flag in told.split())
-
-
 def _gathers(target: str, permutes: int) -> list[hlo.Overlap]:
-  """Forward and backward of layers whose last weight is split, with the launchers' flags."""
+  """Forward and backward of layers whose last weight is split."""
   grid = pods.make_mesh(config.Mesh(data=8), target)
   placements = {('w_AB',): mesh.Placement(2, None, 0, ('data',))}
 
@@ -223,8 +209,7 @@ def _gathers(target: str, permutes: int) -> list[hlo.Overlap]:
     jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=NamedSharding(grid, spec))
     for size, spec in zip(sizes, in_specs, strict=True)
   ]
-  flags = _launch_flags('tpu', 'LIBTPU_INIT_ARGS')
-  return hlo.overlaps(pods.compile(jax.jit(mapped).lower(*shapes), target, **flags).as_text())
+  return hlo.overlaps(pods.compile(jax.jit(mapped).lower(*shapes), target).as_text())
 
 
 @needs_tpu
