@@ -110,9 +110,9 @@ def _place(name: str, shape: tuple[int, ...], sizes: config.Mesh) -> Placement:
 
 
 def _padded(shape: tuple[int, ...]) -> int:
-  """Elements that an array takes on a TPU, in tiles of 8 x 128: a column alone 128 times its own."""
+  """Elements that a part takes on a TPU, in tiles of 8 x 128: a column alone 128 times its own. Small ones weigh nothing."""
   *outer, rows, columns = shape
-  return int(np.prod(outer)) * (-(-rows // 8) * 8) * (-(-columns // 128) * 128)
+  return max(int(np.prod(outer)) * (-(-rows // 8) * 8) * (-(-columns // 128) * 128), 2**16)
 
 
 def path_names(path: tuple[Any, ...]) -> tuple[str, ...]:

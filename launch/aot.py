@@ -336,7 +336,11 @@ def _advice(c: config.Config, program: str, memory: dict[str, int]) -> str:
     rows = c.batch.micro_size // (c.mesh.data * c.mesh.node * c.mesh.local)
     if rows > (2 if c.model.dual_batch else 1):
       helps.append(f'a smaller batch.micro_size ({rows} rows on a device)')
-    helps += ['model.moe.dispatch.capacity=1', 'more devices along mesh.data']
+    if c.mesh.zero_permutes:
+      helps.append('mesh.zero_permutes=0 (gathers under way at once take memory)')
+    if c.model.moe.dispatch.capacity > 1:
+      helps.append(f'model.moe.dispatch.capacity=1 (it is {c.model.moe.dispatch.capacity:g})')
+    helps.append('more devices along mesh.data')
   else:
     helps = [
       'fewer --rows',

@@ -84,3 +84,15 @@ def test_a_gather_by_permutes_sums_in_a_tree():
 
   mapped = jax.shard_map(on_device, mesh=device_mesh, in_specs=P(TOKENS), out_specs=P(TOKENS))
   np.testing.assert_array_equal(np.asarray(jax.jit(mapped)(dy), np.float32), 16 * 17)
+
+
+def test_no_weight_is_split_into_single_columns_where_fewer_devices_leave_rows():
+  """V3's shared experts on 2,048 devices: [7168, 2048] in 2,048 columns would fill 128 times its memory."""
+  sizes = config.Mesh(1, 32, 8, 8, 3)
+  shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in {
+    'gate_DF': (7168, 2048), 'down_FD': (18432, 7168), 'small_AB': (64, 2048),
+  }.items()}  # fmt: skip
+  placed = mesh.place(shapes, sizes)
+  assert (placed['gate_DF'].zero_dim, placed['gate_DF'].zero_axes) == (0, ('data', 'node'))
+  assert (placed['down_FD'].zero_dim, placed['down_FD'].zero_axes) == (0, TOKENS)
+  assert (placed['small_AB'].zero_dim, placed['small_AB'].zero_axes) == (1, TOKENS)
