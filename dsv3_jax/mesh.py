@@ -9,8 +9,8 @@
 
 Tokens are split over (`data`, `node`, `local`), routed experts over (`node`, `local`). Everything else
 is replicated there, or (ZeRO) stored split over the devices that would hold copies of it: the weights
-of routed experts over `data`, all others over as many of (`data`, `node`, `local`) as a dimension divides by into
-parts that are not narrower than memory has them, and both over `pipe` besides: the state knows nothing of stages.
+of routed experts over `data`, all others over those of (`data`, `node`, `local`) that leave a device the least to
+store, padding to tiles counted; and both over `pipe` besides: the state knows nothing of stages.
 """
 
 import dataclasses

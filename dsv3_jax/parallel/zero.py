@@ -11,8 +11,8 @@ split w ways: n (w-1)/w times the size of that dtype.
 
 A layer's large weights may be gathered by recursive doubling (`mesh.zero_permutes`) instead of by all_gather:
 log2 w permutes, of as many bytes together. TPUs start and end permutes apart, but gathers and scatters only
-fused with compute, which libtpu accepts for v5e alone. The transpose halves: log2 w sums in the dtype of the
-weight where a scatter has one. Of small weights many permutes would come, and long compilations.
+fused with compute, which libtpu accepts for v5e alone. The transpose halves, and adds in the gathered dtype: a
+gradient is rounded log2 w times on its way. Of small weights many permutes would come, and long compilations.
 """
 
 from collections.abc import Callable, Sequence
