@@ -56,6 +56,7 @@ class Collective:
   origin: (
     str  # the program's word for it, where it is known: 'ppermute', 'all_gather', 'psum_invariant'
   )
+  scope: str  # functions, transformations and named scopes around it in the program
   operand_bytes: int  # of one device; for a ragged all-to-all its whole buffer, filled or not
   result_bytes: int
   members: int  # devices of one group; of a permute 2
@@ -64,7 +65,6 @@ class Collective:
   computation: str
   loops: tuple[Loop, ...]  # around it, from the outside in
   asynchronous: bool
-  scope: str = ''  # where the program has it: functions, transformations and named scopes around it
 
   @property
   def axes(self) -> tuple[str, ...]:
@@ -104,6 +104,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
       name=found.start.name,
       kind=found.kind,
       origin=found.origin,
+      scope=found.scope,
       operand_bytes=module.operand_bytes(found),
       result_bytes=module.result_bytes(found),
       members=places.members(found.kind, found.inner.attributes),
@@ -112,7 +113,6 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
       computation=found.computation,
       loops=module.loops(found.computation),
       asynchronous=found.asynchronous,
-      scope=found.scope,
     )
     for found in module.collectives()
   ]

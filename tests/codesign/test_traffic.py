@@ -16,7 +16,18 @@ SIZES = {'pipe': 1, 'data': 4, 'node': 2, 'local': 2}
 
 def _found(**changes) -> Collective:
   default = Collective(
-    'x', 'all-gather', 'all_gather', 100, 400, 4, False, {'data': 1.0}, 'main', (), False
+    'x',
+    'all-gather',
+    'all_gather',
+    'jit(step)',
+    100,
+    400,
+    4,
+    False,
+    {'data': 1.0},
+    'main',
+    (),
+    False,
   )
   return dataclasses.replace(default, **changes)
 
@@ -37,6 +48,24 @@ def test_whatever_form_a_compiler_gives_it_a_gather_has_one_payload():
   assert (summed.kind, summed.payload, summed.sent) == ('gather', 400, 600)
   hop = traffic.compiled(ring, SIZES, 1)
   assert (hop.kind, hop.payload, hop.sent) == ('gather', pytest.approx(400), pytest.approx(300))
+
+
+@pytest.mark.parametrize(
+  ('scope', 'kind'),
+  [
+    ('jit(step)/transpose(jvp(zero_permutes))', 'zero'),
+    ('jit(step)/zero_permutes', 'zero'),
+    ('jit(step)', 'exchange'),
+  ],
+)
+def test_a_permute_hands_on_its_operand_for_zero_in_its_scope_and_for_the_experts_elsewhere(
+  scope, kind
+):
+  permute = _found(
+    kind='collective-permute', origin='ppermute', scope=scope, members=2, operand_bytes=100
+  )
+  moved = traffic.compiled(permute, SIZES, 1)
+  assert (moved.kind, moved.payload, moved.sent) == (kind, 100, 100)
 
 
 def test_an_all_reduce_that_is_cut_up_after_is_a_scatter():
