@@ -52,8 +52,10 @@ def test_two_engines_on_two_meshes_give_the_tokens_of_one(long, make_small):
   assert apart.stats.accepted
 
 
-@pytest.mark.parametrize('how', [{'drafts': 3}, {'cache': 'fp8'}])
-def test_apart_or_not_drafts_and_an_fp8_cache_give_the_same_tokens(long, how):
+@pytest.mark.parametrize(
+  'how', [{'drafts': 3}, {'cache': 'fp8'}, {'drafts': 1, 'dual_batch': True}]
+)
+def test_apart_or_not_drafts_an_fp8_cache_and_halves_give_the_same_tokens(long, how):
   requests = _requests(16)
   apart = Apart(_engine(long, prompts_only=True, **how), _engine(long, **how))
   assert _run(apart, requests) == _run(_engine(long, **how), requests)

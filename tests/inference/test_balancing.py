@@ -22,12 +22,13 @@ def _run(engine, requests):
   return [found[id(r)] for r in requests]
 
 
-def test_experts_and_copies_move_between_steps_and_no_token_changes(long, make_small):
+@pytest.mark.parametrize('dual_batch', [False, True])
+def test_experts_and_copies_move_between_steps_and_no_token_changes(long, make_small, dual_batch):
   spread = make_small('long', config.Mesh(local=4, zero=0))
   decoder = Decoder(spread.config.model, spread.device_mesh, spread.model, redundant=4)
   rng = np.random.default_rng(0)
   requests = [Request(rng.integers(0, 250, n).tolist(), 12) for n in rng.choice([5, 64, 100], 12)]
-  engine = Engine(decoder, balance_every=5, **_HOW)
+  engine = Engine(decoder, balance_every=5, dual_batch=dual_batch, **_HOW)
   before = decoder.placement
   assert _run(engine, requests) == _run(Engine(long.decoder, **_HOW), requests)
   load_YE = engine.balancer.load_YE
