@@ -8,7 +8,7 @@
 Targets are those of `dsv3_jax/pods.py`: v5p:8x16x16, tpu7x:8x8x16, v6e:16x16, h200:256x8, slices behind a
 comma. The compiler is the chip maker's own; no chip is needed, only the extra [tpu] or [cuda]. With one of
 them installed, start with JAX_PLATFORMS=cpu. The flags that a run gets count here too, where they are set:
-`PLATFORM=tpu; . launch/environment.sh` before. `--programs` picks train, prefill and decode, `--rows` the
+`PLATFORM=gpu; . launch/environment.sh` before. `--programs` picks train, prefill and decode, `--rows` the
 sequences of a device in the last two, `--options` compiler options (name=value, by commas).
 
 A page per program: bytes per device against its memory; products of a device and the model's share of
@@ -36,7 +36,7 @@ from dsv3_jax.training import pipelined
 
 _TARGET = absl_flags.DEFINE_string('target', '', 'the pod, like v5p:8x16x16 or h200:256x8')
 _PROGRAMS = absl_flags.DEFINE_list('programs', ['train', 'prefill', 'decode'], 'which to compile')
-_ROWS = absl_flags.DEFINE_integer('rows', 1, 'sequences of a device in prefill and decode')
+_ROWS = absl_flags.DEFINE_integer('rows', 2, 'sequences of a device in prefill and decode')
 _OPTIONS = absl_flags.DEFINE_list('options', [], 'compiler options, name=value')
 _JSON = absl_flags.DEFINE_string('json', '', 'file for the same figures')
 _SPARE = 0.1  # of the memory
@@ -140,6 +140,9 @@ def main(c: config.Config, given: flags.Given) -> int:
   unknown = [name for name in names if name not in ('train', 'prefill', 'decode')]
   if unknown:
     raise config.ConfigError(f'--programs = {unknown[0]}: must be of train, prefill, decode')
+  if c.model.dual_batch and _ROWS.value % 2 and set(names) & {'prefill', 'decode'}:
+    right = 'even: model.dual_batch halves the rows of each device'
+    raise config.ConfigError(f'--rows = {_ROWS.value}: must be {right}')
   options = dict(_option(text) for text in _OPTIONS.value)
   device_mesh = pods.make_mesh(c.mesh, target)
   pages = []

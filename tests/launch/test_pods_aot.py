@@ -56,6 +56,10 @@ def test_generation_exchanges_what_is_written(pages):
   [
     (['--config.mesh.node=2'], 'mesh = .* = 2 devices: h200:2x4 has 8'),
     (['--programs=train,serve'], '--programs = serve: must be of train, prefill, decode'),
+    (
+      ['--rows=3', '--config.model.dual_batch=True'],
+      '--rows = 3: must be even: model.dual_batch halves the rows of each device',
+    ),
     (['--options=fast'], '--options = fast: must be name=value'),
   ],
 )
