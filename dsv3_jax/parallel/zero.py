@@ -115,10 +115,10 @@ def reduce(grads: Any, placements: Placements, *, scattered: Sequence[str] = ())
     names = path_names(path)
     at = placements[names]
     over = at.copies + (('pipe',) if 'pipe' in compat.varying_axes(g) else ())
-    g = lax.psum(g, tuple(a for a in over if a not in at.zero_axes))
-    if at.zero_dim is None or names[0] in scattered:
-      return g
-    return lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
+    if at.zero_dim is not None and names[0] not in scattered:
+      g = lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
+    # Of the part alone: an embedding split over 256 of 2,048 devices is summed over the others in 1/256.
+    return lax.psum(g, tuple(a for a in over if a not in at.zero_axes))
 
   return jax.tree_util.tree_map_with_path(one, grads)
 
