@@ -88,6 +88,21 @@ def test_a_gather_by_permutes_sums_in_a_tree():
   np.testing.assert_array_equal(np.asarray(jax.jit(mapped)(dy), np.float32), 16 * 33)
 
 
+def test_a_gradient_is_scattered_before_its_part_is_summed_over_further_copies():
+  """An embedding that only data x node can share: its copies over local add up parts, not all of it."""
+  device_mesh = mesh.make_mesh(config.Mesh(data=2, node=2, local=4))
+  dy = np.random.default_rng(0).integers(-50, 50, (16, 12, 5)).astype(np.float32)  # sums are exact
+  placements = {('w_AB',): mesh.Placement(2, None, 0, ('data', 'node'))}
+  run = lambda dy: zero.reduce({'w_AB': dy[0]}, placements)['w_AB']
+  mapped = jax.shard_map(run, mesh=device_mesh, in_specs=P(TOKENS), out_specs=P(('data', 'node')))
+  program = jax.jit(mapped).lower(dy).compile()
+  np.testing.assert_array_equal(program(dy), dy.sum(0))
+  found = hlo.collectives(program.as_text(), dict(device_mesh.shape))
+  whole = dy[0].nbytes
+  sizes = {each.axes: each.operand_bytes for each in found}
+  assert sizes == {('data', 'node'): whole, ('local',): whole // 4}
+
+
 def test_no_weight_is_split_into_single_columns_where_fewer_devices_leave_rows():
   """V3's shared experts on 2,048 devices: [7168, 2048] in 2,048 columns would fill 128 times its memory."""
   sizes = config.Mesh(1, 32, 8, 8, 3)
