@@ -56,18 +56,17 @@ def collect(
   sums = tuple(a for a in at.copies if a not in at.zero_axes)
   if PIPE not in at.zero_axes:
     g = jnp.zeros((layers, *g.shape[1:]), g.dtype).at[own(index_RN)].add(g)
-    g = lax.psum(g, (PIPE, *sums))
-    if at.zero_dim is None:
-      return g
-    return lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
+    if at.zero_dim is not None:
+      g = lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
+    return lax.psum(g, (PIPE, *sums))
   rest, d = at.zero_axes[1:], at.zero_dim
-  if sums:
-    g = lax.psum(g, sums)
   g = g.reshape(*g.shape[:d], ranks, g.shape[d] // ranks, *g.shape[d + 1 :])
   g = jnp.moveaxis(g, d, 0)
   if rest:
     # [to, N, .., n/ranks, ..] -> [to, N, .., n/w, ..], summed
     g = lax.psum_scatter(g, rest, scatter_dimension=d + 1, tiled=True)
+  if sums:
+    g = lax.psum(g, sums)
   g = lax.all_to_all(g, PIPE, 0, 0, tiled=True)
   g = g.reshape(math.prod(g.shape[:2]), *g.shape[2:])
   return jnp.zeros((layers, *g.shape[1:]), g.dtype).at[index_RN.reshape(-1)].add(g)
