@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# Flags of XLA, libtpu and NCCL for every launcher, a reason beside each. Sourced, with PLATFORM=gpu|tpu.
+# Flags of XLA, libtpu and NCCL for every launcher, a reason beside each. Sourced, with PLATFORM=gpu|tpu|tpu7x.
 #
 # Defaults are left alone: on GPU all collectives are asynchronous, on TPU permutes are, and both schedule
 # for latency. What is not here was not shown to help the programs of this repository.
 
-case "${PLATFORM:?gpu or tpu}" in
+case "${PLATFORM:?gpu, tpu or tpu7x}" in
   gpu)
     # Several permutes of an exchange may be on their way at once; one is the default, and leaves most of
     # them with nothing beside them (tests/parallel/test_pods_overlap.py).
@@ -28,8 +28,22 @@ case "${PLATFORM:?gpu or tpu}" in
     # on all but v5e, for wrong results that it may give. With mesh.zero_permutes the program itself gathers
     # large weights by permutes, which start and end apart on every TPU.
     ;;
+  tpu7x)
+    # A gather of rows, as experts' exchanges have many, is a program for SparseCore here. The libtpu of jax 0.10
+    # ends itself on such a one at V3's sizes: "Not enough space for TILESPMEM spill".
+    sparse=--xla_tpu_offload_gather_to_sparsecore=false
+    # So is each collective and much else, a second of compiling each: hundreds in a train step. Large weights go
+    # by permutes instead (mesh.zero_permutes).
+    for part in all_gather 2d_all_gather 3d_all_gather all_reduce reduce_scatter nd_reduce_scatter; do
+      sparse="$sparse --xla_tpu_enable_sparse_core_collective_offload_$part=false"
+    done
+    for part in scatter gather sort reduce copy reshape; do
+      sparse="$sparse --xla_tpu_enable_offloading_${part}_to_sparsecore=false"
+    done
+    export LIBTPU_INIT_ARGS="$sparse ${LIBTPU_INIT_ARGS:-}"
+    ;;
   *)
-    echo "environment.sh: PLATFORM=$PLATFORM: must be gpu or tpu" >&2
+    echo "environment.sh: PLATFORM=$PLATFORM: must be gpu, tpu or tpu7x" >&2
     exit 2
     ;;
 esac

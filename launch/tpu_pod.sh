@@ -5,7 +5,7 @@
 #     --config.mesh.data=32 --config.mesh.node=8 --config.mesh.local=8 --config.mesh.zero=3 ...
 #
 # This checkout is copied to every host and installed there with the extra [tpu]. Started again, the run
-# goes on from its last checkpoint. Ctrl-C here asks all hosts to save and stop.
+# goes on from its last checkpoint. Of a tpu7x with PLATFORM=tpu7x (environment.sh). Ctrl-C here asks all hosts to save and stop.
 set -euo pipefail
 
 name=${1:?name of the TPU} zone=${2:?its zone}
@@ -31,7 +31,7 @@ stop() { on all 'pkill -TERM -f dsv3_jax.train' || true; }
 trap stop INT TERM
 pids=()
 for worker in "${!hosts[@]}"; do
-  on "$worker" "cd dsv3 && . .venv/bin/activate && export PLATFORM=tpu WORKDIR=/tmp && . launch/environment.sh &&
+  on "$worker" "cd dsv3 && . .venv/bin/activate && export PLATFORM=${PLATFORM:-tpu} WORKDIR=/tmp && . launch/environment.sh &&
     JAX_COORDINATOR_ADDRESS=${hosts[0]}:$port JAX_NUM_PROCESSES=${#hosts[@]} JAX_PROCESS_ID=$worker \
     exec python -m dsv3_jax.train $arguments" &
   pids+=($!)

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -223,6 +224,31 @@ def test_weights_gathered_and_scattered_by_permutes_have_products_beside_them_on
 def test_by_collectives_they_wait_on_v5p():
   found = _gathers('v5p:2x2x2', 0)
   assert len(found) == 3 and not any(each.asynchronous for each in found)
+
+
+_ROWS = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from dsv3_jax import config, pods
+mesh = pods.make_mesh(config.Mesh(data=8), 'tpu7x:2x2x1')
+shape = lambda dtype, *s: jax.ShapeDtypeStruct(s, dtype, sharding=NamedSharding(mesh, P('data')))
+def run(x, i, w):
+  return x[i] @ jax.lax.all_gather(w, 'data', axis=0, tiled=True)
+run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P('data'), out_specs=P('data')))
+x, i = shape(jnp.bfloat16, 8 * 35328, 7168), shape(jnp.int32, 8 * 18432)
+lowered = run.lower(x, i, shape(jnp.bfloat16, 7168, 7168))
+assert 'sparsecore' not in pods.compile(lowered, 'tpu7x:2x2x1').as_text()
+"""
+
+
+@needs_tpu
+def test_with_the_launchers_flags_tpu7x_gathers_v3_s_rows_without_sparse_core():
+  """Without them one libtpu aborts, and another compiles a program for each gather."""
+  environment = os.environ | {'PLATFORM': 'tpu7x', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+  command = '. launch/environment.sh && exec "$@"', 'bash', sys.executable, '-c', _ROWS
+  root = pathlib.Path(__file__).parents[1]
+  environment['PYTHONPATH'] = str(root)
+  subprocess.run(['bash', '-c', *command], check=True, timeout=300, env=environment, cwd=root)
 
 
 @needs_gpu
