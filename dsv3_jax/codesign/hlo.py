@@ -61,6 +61,7 @@ class Collective:
   result_bytes: int
   members: int  # devices of one group; of a permute 2
   fills: bool  # each device brings a slice of its own in a buffer: an all-reduce that gathers
+  joins: bool  # a buffer of several: sums that were merged, on GPU, and have lost their names
   share: Mapping[str, float]
   computation: str
   loops: tuple[Loop, ...]  # around it, from the outside in
@@ -109,6 +110,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
       result_bytes=module.result_bytes(found),
       members=places.members(found.kind, found.inner.attributes),
       fills=module.fills(found),
+      joins=module.joins(found),
       share=places.share(found.kind, found.inner.attributes),
       computation=found.computation,
       loops=module.loops(found.computation),
@@ -286,9 +288,16 @@ class _Module:
     return size - self.operand_bytes(found) * (found.inner.opcode == 'all-gather-start')
 
   def fills(self, found: _Found) -> bool:
-    made = {each.name: each.opcode for each in self.computations[found.computation]}
-    kinds = [made.get(name) for name in found.start.operands]
-    return 'dynamic-update-slice' in kinds
+    return any(each.opcode == 'dynamic-update-slice' for each in self._makers(found))
+
+  def joins(self, found: _Found) -> bool:
+    fusions = [each for each in self._makers(found) if each.opcode == 'fusion']
+    return any(self._inside(each)[-1].opcode == 'concatenate' for each in fusions)
+
+  def _makers(self, found: _Found) -> list[_Instruction]:
+    """Of its operands."""
+    made = {each.name: each for each in self.computations[found.computation]}
+    return [made[name] for name in found.start.operands if name in made]
 
   def loops(self, computation: str) -> tuple[Loop, ...]:
     loops: list[Loop] = []

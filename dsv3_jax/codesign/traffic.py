@@ -99,10 +99,9 @@ def compiled(each: Collective, sizes: Mapping[str, int], outermost: int) -> Move
     size *= ways / max(ways - 1, 1)
   elif kind in _PERMUTED and form == 'collective-permute':
     size *= max(each.share.values(), default=0)
-  elif (
-    kind is None
-  ):  # an all-reduce without a word: over a buffer of zeros but for one part, or cut up after
-    kind = 'gather' if each.fills else 'scatter'
+  elif kind is None:
+    # An all-reduce without a word: over a buffer of zeros but for one part, of several sums, or cut up after.
+    kind = 'gather' if each.fills else 'sum' if each.joins else 'scatter'
   return Moved(kind, each.axes, members, size * times(each.loops, outermost), form)
 
 

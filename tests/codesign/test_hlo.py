@@ -125,6 +125,36 @@ def test_replica_groups_in_an_unknown_form_are_refused(groups):
     hlo.collectives(_line(groups), _SIZES)
 
 
+@pytest.mark.parametrize(
+  ('made', 'fills', 'joins'),
+  [
+    ('fusion(%x, %y), kind=kLoop, calls=%joined', False, True),
+    ('fusion(%x, %y), kind=kLoop, calls=%added', False, False),
+    ('dynamic-update-slice(%z, %x, %i)', True, False),
+  ],
+)
+def test_the_buffer_of_a_sum_tells_what_it_was(made, fills, joins):
+  inside = '  %a = f32[4]{0} parameter(0)\n  %b = f32[4]{0} parameter(1)\n'
+  bodies = {'joined': 'f32[8]{0} concatenate(%a, %b), dimensions={0}'}
+  bodies['added'] = 'f32[8]{0} add(%a, %b)'
+  called = ''.join(
+    f'%{name} (a: f32[4], b: f32[4]) -> f32[8] {{\n{inside}  ROOT %c = {body}\n}}\n\n'
+    for name, body in bodies.items()
+  )
+  text = f"""{_HEADER}
+{called}ENTRY %main (x: f32[4], y: f32[4], z: f32[8], i: s32[]) -> f32[8] {{
+  %x = f32[4]{{0}} parameter(0)
+  %y = f32[4]{{0}} parameter(1)
+  %z = f32[8]{{0}} parameter(2)
+  %i = s32[] parameter(3)
+  %m = f32[8]{{0}} {made}
+  ROOT %r = f32[8]{{0}} all-reduce(%m), replica_groups={{}}, to_apply=%add
+}}
+"""
+  (found,) = hlo.collectives(text, _SIZES)
+  assert (found.fills, found.joins) == (fills, joins)
+
+
 def test_the_start_of_a_gather_or_permute_has_its_operand_in_its_shape_and_not_in_its_result():
   text = f"""{_HEADER}
 ENTRY %main (x: f32[8]) -> f32[64] {{

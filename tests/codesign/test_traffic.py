@@ -24,6 +24,7 @@ def _found(**changes) -> Collective:
     400,
     4,
     False,
+    False,
     {'data': 1.0},
     'main',
     (),
@@ -68,9 +69,12 @@ def test_a_permute_hands_on_its_operand_for_zero_in_its_scope_and_for_the_expert
   assert (moved.kind, moved.payload, moved.sent) == (kind, 100, 100)
 
 
-def test_an_all_reduce_that_is_cut_up_after_is_a_scatter():
-  cut = _found(kind='all-reduce', origin='', operand_bytes=400, fills=False)
-  assert traffic.compiled(cut, SIZES, 1).kind == 'scatter'
+@pytest.mark.parametrize(
+  ('made', 'kind'), [({}, 'scatter'), ({'joins': True}, 'sum'), ({'fills': True}, 'gather')]
+)
+def test_an_all_reduce_without_a_name_is_known_by_what_it_is_of(made, kind):
+  found = _found(kind='all-reduce', origin='', operand_bytes=400, **made)
+  assert traffic.compiled(found, SIZES, 1).kind == kind
 
 
 def test_what_a_train_step_is_written_to_gather_is_every_split_weight_of_a_layer_in_every_pass():
