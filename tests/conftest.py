@@ -27,6 +27,8 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '1'
 import jax
 import pytest
 
+# Tracing makes many small objects, nearly all of which stay.
+gc.set_threshold(50_000, 20, 100)
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

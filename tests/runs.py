@@ -18,8 +18,11 @@ from dsv3_jax.training import state as training_state
 from dsv3_jax.training.step import Step, make_step
 
 STEPS = 20
+ONE_ROUND = 8.0
 _SIZES = {
   'model.vocab_size': 256,
+  # One round, whatever the routing: programs with further ones take twice as long to compile.
+  'model.moe.dispatch.capacity': ONE_ROUND,
   'batch.size': 16,
   'batch.start_size': 8,
   'batch.micro_size': 8,
@@ -87,8 +90,16 @@ class Run:
 
 
 @functools.cache
-def run(data: int = 1, node: int = 1, local: int = 1, zero: int = 0, permutes: int = 0) -> Run:
-  c = configure(data, node, local, zero, {'mesh.zero_permutes': permutes})
+def run(
+  data: int = 1,
+  node: int = 1,
+  local: int = 1,
+  zero: int = 0,
+  permutes: int = 0,
+  capacity: float = ONE_ROUND,
+) -> Run:
+  changes = {'mesh.zero_permutes': permutes, 'model.moe.dispatch.capacity': capacity}
+  c = configure(data, node, local, zero, changes)
   step = make_step(c, mesh.make_mesh(c.mesh))
   state, metrics, states, compilations = place(c, parity.random_state(c)), [], [], []
   for i in range(STEPS):

@@ -13,7 +13,11 @@ import shell
 
 # Runs of one folder are started once, and compiled once.
 pytestmark = pytest.mark.xdist_group('launch')
-_MESH = ('mesh.node=2', 'mesh.local=2', 'mesh.zero=3')
+_STEPS, _SAVE_EVERY = 20, 4
+_CHANGES = (
+  'mesh.node=2', 'mesh.local=2', 'mesh.zero=3', 'model.mtp_depth=0',
+  f'run.total_tokens={_STEPS * 8 * 32}', f'checkpoint.every_steps={_SAVE_EVERY}',
+)  # fmt: skip
 _LOCAL = [sys.executable, str(shell.ROOT / 'launch' / 'local.py')]
 
 
@@ -27,7 +31,7 @@ def _start(
 ) -> subprocess.Popen[str]:
   """Training on four devices, split over so many processes."""
   sizes = ['--processes', str(processes), '--devices-per-process', str(4 // processes)]
-  train = [sys.executable, '-m', 'dsv3_jax.train', *runs.flags(*_MESH), f'--workdir={folder}']
+  train = [sys.executable, '-m', 'dsv3_jax.train', *runs.flags(*_CHANGES), f'--workdir={folder}']
   return subprocess.Popen(
     [*_LOCAL, *sizes, *options, '--', *train],
     cwd=shell.ROOT,
@@ -70,8 +74,8 @@ def test_processes_give_the_losses_of_one(runs, two):
   ended = shell.end(_start(runs, runs.root / 'one', 1))
   assert ended.code == 0, ended
   ours, theirs = shell.record(two), shell.record(runs.root / 'one')
-  assert [line['step'] for line in ours] == list(range(1, shell.STEPS + 1))
-  for key in ('loss', 'ce', 'mtp', 'balance'):
+  assert [line['step'] for line in ours] == list(range(1, _STEPS + 1))
+  for key in ('loss', 'ce', 'balance'):
     values = ([line[key] for line in lines] for lines in (ours, theirs))
     np.testing.assert_allclose(*values, rtol=1e-6, err_msg=key)
 
@@ -81,7 +85,7 @@ def test_a_run_that_loses_a_process_and_is_stopped_by_a_signal_to_one_ends_as_an
 ):
   folder = runs.root / 'disturbed'
   launcher = _start(runs, folder, 2, '--restarts=1')
-  _until_saved(launcher, folder, shell.SAVE_EVERY)
+  _until_saved(launcher, folder, _SAVE_EVERY)
   # As on a pod, where nobody ends the survivors: they must by themselves.
   launcher.send_signal(signal.SIGSTOP)
   survivor, lost = _processes(launcher)
@@ -99,9 +103,9 @@ def test_a_run_that_loses_a_process_and_is_stopped_by_a_signal_to_one_ends_as_an
   assert ended.code == 0, ended
   assert 'of 2 ended with' in ended.err and 'starts all again (1 of 1)' in ended.err
   assert 'continues from checkpoint' in ended.out and 'stopped by a signal' in ended.out
-  assert shell.steps(folder)[-1] < shell.STEPS
+  assert shell.steps(folder)[-1] < _STEPS
   assert shell.end(_start(runs, folder, 2)).code == 0
-  shell.assert_same_run(folder, two)
+  shell.assert_same_run(folder, two, _STEPS)
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import pytest
 import runs
 from runs import run
 
-_SHAPES = [  # data, node, local, ZeRO, and from which size on by permutes
+_SHAPES = [  # data, node, local, ZeRO; from which size on by permutes; capacity, 0.6 for several rounds
   (8, 1, 1, 0),
   (8, 1, 1, 1),
   (2, 2, 2, 0),
   (2, 2, 2, 1),
-  (2, 2, 2, 3),
+  (2, 2, 2, 3, 0, 0.6),
   (1, 2, 4, 1),
   (4, 2, 1, 3),
   (1, 1, 8, 3),
@@ -40,6 +40,11 @@ def test_loss_and_all_metrics_of_20_steps_equal_one_device(shape):
     {k: step[k] for k in keys} for step, keys in zip(run(*shape).metrics, of_one, strict=True)
   ]
   parity.assert_close(shared, run().metrics)
+
+
+@_on(*(shape for shape in _SHAPES if len(shape) == 6))
+def test_small_buffers_take_several_rounds(shape):
+  assert min(step['rounds'] for step in run(*shape).metrics) > 1
 
 
 @_EACH
