@@ -14,7 +14,7 @@ _HAS_GPU = importlib.util.find_spec('jax_cuda13_plugin') is not None
 _HAS_TPU = importlib.util.find_spec('libtpu') is not None
 pytestmark = [
   pytest.mark.skipif(not _HAS_GPU, reason='no GPU compiler here (extra [cuda])'),
-  pytest.mark.xdist_group('pods'),
+  pytest.mark.xdist_group('pods_of_gpus'),
 ]
 _AOT = [sys.executable, str(shell.ROOT / 'launch' / 'aot.py')]
 _V3 = f'--config={shell.ROOT}/configs/deepseek_v3_671b.py:debug'

@@ -25,10 +25,9 @@ from dsv3_jax.training import pipelined
 
 _HAS_GPU = importlib.util.find_spec('jax_cuda13_plugin') is not None
 _HAS_TPU = importlib.util.find_spec('libtpu') is not None
-pytestmark = [
-  pytest.mark.skipif(not _HAS_GPU, reason='no GPU compiler here (extra [cuda])'),
-  pytest.mark.xdist_group('pods'),
-]
+pytestmark = pytest.mark.skipif(not _HAS_GPU, reason='no GPU compiler here (extra [cuda])')
+# libtpu serves one process at a time, in which `test_pods.py` is too; a second compiles for GPUs meanwhile.
+_OF_GPUS, _OF_TPUS = (pytest.mark.xdist_group(name) for name in ('pods_of_gpus', 'pods'))
 
 # ---- bytes, at the sizes of V3 on 64 GPUs --------------------------------------------------------
 
@@ -76,6 +75,7 @@ def _bytes_sent(form: str, payload: str) -> tuple[dict[str, float], dict[str, fl
   )
 
 
+@_OF_GPUS
 @pytest.mark.parametrize(('form', 'payload'), [('two_hop', 'fp8'), ('flat', 'bf16')])
 def test_at_v3_s_sizes_a_device_sends_the_bytes_of_the_plan(form, payload):
   expected = plan.make(_v3(form, payload).model.moe, form, 4096, 8, 8).bytes(7168, 'bfloat16')
@@ -85,6 +85,7 @@ def test_at_v3_s_sizes_a_device_sends_the_bytes_of_the_plan(form, payload):
     assert [sent[a] for a in axes] == pytest.approx([expected[a] for a in axes])
 
 
+@_OF_GPUS
 def test_two_hops_in_fp8_send_a_quarter_of_flat_bf16_between_nodes_on_the_way_out():
   back = {'two_hop': 7 * 2560 * 2 * 7168, 'flat': 56 * 640 * 2 * 7168}
   out = {
@@ -96,6 +97,7 @@ def test_two_hops_in_fp8_send_a_quarter_of_flat_bf16_between_nodes_on_the_way_ou
   assert out['two_hop'] / out['flat'] < 0.26
 
 
+@_OF_GPUS
 def test_ragged_compiles_to_one_exchange_there_and_one_back_without_permutes():
   found = _collectives('ragged', 'fp8')
   moves = [each for each in found if each.kind == 'ragged-all-to-all' and not each.loops]
@@ -191,7 +193,10 @@ def _beside_a_matmul(found: list[hlo.Overlap]) -> float:
 _NEEDS_TPU = pytest.mark.skipif(not _HAS_TPU, reason='no libtpu here (extra [tpu])')
 _EACH = pytest.mark.parametrize(
   ('target', 'options'),
-  [('h200:2x4', _PARALLEL), pytest.param('v5p:2x2x2', {}, marks=_NEEDS_TPU)],
+  [
+    pytest.param('h200:2x4', _PARALLEL, marks=_OF_GPUS),
+    pytest.param('v5p:2x2x2', {}, marks=[_NEEDS_TPU, _OF_TPUS]),
+  ],
   ids=['h200', 'v5p'],
 )
 
@@ -210,6 +215,7 @@ def test_undivided_rows_hide_clearly_fewer(target, options):
   assert _beside_a_matmul(_permutes(target, False, **options)) < 0.6
 
 
+@_OF_GPUS
 def test_with_asynchrony_switched_off_none_is_hidden():
   assert _beside_a_matmul(_permutes('h200:2x4', True, **_SYNCHRONOUS)) == 0
 
