@@ -44,15 +44,10 @@ _UNIFORM = {
   (4, 2, 2, 1): {'num_layers': 4, 'num_dense_layers': 2, 'remat': 'latents'},
   (2, 1, 1, 2): {'num_layers': 3, 'num_dense_layers': 1, 'mtp_depth': 0, 'remat': 'none'},
 }
-_MPMD = {
-  (4, 2, 1, 1): {
-    'num_layers': 3, 'num_dense_layers': 0, 'remat': 'none',
-    'moe.dispatch.capacity': runs.ONE_ROUND,
-  }
-}  # fmt: skip
+_MPMD = {(4, 2, 1, 1): {'num_layers': 3, 'num_dense_layers': 0, 'remat': 'none'}}
 _FP8 = (2, 1, 1, 1)
 _MODELS = _UNIFORM | _MPMD
-_MODELS[_FP8] = {'num_layers': 2, 'num_dense_layers': 0, 'mtp_depth': 0, 'precision': 'fp8'}
+_MODELS[_FP8] = {'num_layers': 2, 'num_dense_layers': 1, 'mtp_depth': 0, 'precision': 'fp8'}
 _EACH = pytest.mark.parametrize('shape', _UNIFORM, ids=str)
 
 
@@ -120,7 +115,7 @@ def test_terms_gradients_and_biases_are_those_of_the_step_without_a_pipeline(
   assert {'loss', 'ce', 'balance', 'grad_norm'} <= expected['metrics'].keys()
   assert ('mtp' in got['metrics']) == (shape[0] == 4)
   if shape[1] > 1:
-    assert (got['metrics']['rounds'] > 1) == (executor == 'uniform')
+    assert got['metrics']['rounds'] > 1
   if executor == 'mpmd':
     assert _streams[shape].live == shape[0] + 1
 
@@ -129,7 +124,7 @@ def test_executors_agree_to_the_bit_in_fp8_and_with_the_step_without_a_pipeline(
   by_uniform, by_mpmd = (_step(_MICRO, _FP8, _FP8, name) for name in ('uniform', 'mpmd'))
   for what in ('gradients', 'bias'):
     parity.assert_same_bits(by_uniform[what], by_mpmd[what])
-  parity.assert_close(by_uniform['metrics'], by_mpmd['metrics'], 2e-7)
+  parity.assert_close(by_uniform['metrics'], by_mpmd['metrics'], 1e-7)
   expected = _step(_MICRO, (1, *_FP8[1:]), _FP8)
   for what in ('gradients', 'bias'):
     parity.assert_close(by_mpmd[what], expected[what], 1e-6)
