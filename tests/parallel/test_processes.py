@@ -17,19 +17,14 @@ _TESTS = pathlib.Path(__file__).parents[1]
 _DEVICES = 8
 _TIMEOUT_S = 300  # of a machine that has other things to do; four take about thirty
 _PROCESSES = (2, 4)
-# Every process compiles all that it runs, so each form runs once; two hops cross processes by both in four.
-_FORMS = {2: ('flat', several.MPMD), 4: ('two_hop',)}
+# Ranks with programs of their own compile too long for four at a time on a small machine.
+_FORMS = {2: (*several.FORMS, several.MPMD), 4: several.FORMS}
 _group = lambda n: pytest.mark.xdist_group(f'{n}_processes')
 _EACH = pytest.mark.parametrize('processes', [pytest.param(n, marks=_group(n)) for n in _PROCESSES])
-
-
-def _of_forms(*forms: str) -> pytest.MarkDecorator:
-  pairs = [(n, form) for n in _PROCESSES for form in _FORMS[n] if form in forms]
-  each = [pytest.param(n, form, marks=_group(n)) for n, form in pairs]
-  return pytest.mark.parametrize(('processes', 'form'), each)
-
-
-_EACH_FORM = _of_forms(*several.FORMS, several.MPMD)
+_EACH_FORM = pytest.mark.parametrize(
+  ('processes', 'form'),
+  [pytest.param(n, form, marks=_group(n)) for n in _PROCESSES for form in _FORMS[n]],
+)
 
 
 @functools.cache
@@ -92,7 +87,8 @@ def test_losses_counts_and_traffic_of_every_step_equal_one_process(processes, fo
     )
 
 
-@_of_forms(*several.FORMS)
+@_EACH
+@pytest.mark.parametrize('form', several.FORMS)
 def test_even_routing_takes_one_round_and_skewed_routing_more_in_every_process(processes, form):
   for process in _seen(processes):
     *even, skewed = process[f'{form}.metrics.rounds']
