@@ -23,7 +23,6 @@ _MESHES = [  # data, node, local
 ]  # fmt: skip
 _FORMS = ('two_hop', 'flat', 'allgather', 'ragged')
 _SMALL_BUFFERS = [(1, 2, 4), (2, 2, 2), (1, 4, 4)]
-_ONE_ROUND = 1e6  # a capacity for any routing: further rounds double a program
 # Emulated here, so that fewer meshes show it: a program takes seconds to compile.
 _RAGGED = [(1, 2, 4), (2, 2, 2), (1, 1, 8), (1, 4, 4)]
 _E, _K, _B, _L = 16, 4, 16, 24
@@ -137,7 +136,7 @@ def _on(shapes: list[tuple[int, int, int]]) -> pytest.MarkDecorator:
 
 @_on(_MESHES)
 def test_output_and_all_gradients_equal_dense_on_one_device(form, shape):
-  program = _program(form, shape, capacity=_ONE_ROUND)
+  program = _program(form, shape)
   for bias in _BIASES:
     out, routing, _ = _run(program, bias)
     expected, counts_E = _expected(bias)
@@ -162,9 +161,9 @@ def test_even_routing_takes_one_round_and_the_worst_one_more(form):
 
 
 def test_capacity_for_the_worst_case_never_takes_a_second_round():
-  program = _program('two_hop', (1, 2, 4), capacity=_ONE_ROUND)
+  program = _program('two_hop', (1, 2, 4), capacity=1e6)
   assert _run(program, 'all_on_the_same_experts')[2] == 1
-  limits = plan.make(_configure('two_hop', capacity=_ONE_ROUND).moe, 'two_hop', 48, 2, 4)
+  limits = plan.make(_configure('two_hop', capacity=1e6).moe, 'two_hop', 48, 2, 4)
   assert (limits.node_limit, limits.device_limit, limits.choices_limit) == (None, None, None)
 
 
