@@ -15,7 +15,7 @@ import shell
 pytestmark = pytest.mark.xdist_group('launch')
 _STEPS, _SAVE_EVERY = 20, 4
 _CHANGES = (
-  'mesh.node=2', 'mesh.local=2', 'mesh.zero=3', 'model.mtp_depth=0',
+  'mesh.node=2', 'mesh.local=2', 'mesh.zero=3',
   f'run.total_tokens={_STEPS * 8 * 32}', f'checkpoint.every_steps={_SAVE_EVERY}',
 )  # fmt: skip
 _LOCAL = [sys.executable, str(shell.ROOT / 'launch' / 'local.py')]
@@ -75,7 +75,7 @@ def test_processes_give_the_losses_of_one(runs, two):
   assert ended.code == 0, ended
   ours, theirs = shell.record(two), shell.record(runs.root / 'one')
   assert [line['step'] for line in ours] == list(range(1, _STEPS + 1))
-  for key in ('loss', 'ce', 'balance'):
+  for key in ('loss', 'ce', 'mtp', 'balance'):
     values = ([line[key] for line in lines] for lines in (ours, theirs))
     np.testing.assert_allclose(*values, rtol=1e-6, err_msg=key)
 
