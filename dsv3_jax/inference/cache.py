@@ -12,6 +12,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax import config
@@ -53,6 +55,16 @@ class Cache:
     page_BL = jnp.where(valid_BL, page_BL, x.shape[1])  # beyond the last one: dropped
     entry_BLX = pack(latent_BLC, k_rope_BLR, x.dtype)
     return Cache(x.at[y, page_BL, positions_BL % PAGE].set(entry_BLX, mode='drop'))
+
+
+def format_on(device_mesh: jax.sharding.Mesh) -> Format:
+  """Where a cache lies, and on TPUs how: values of an entry side by side.
+
+  576 values fill 4.5 tiles of columns, so that TPU's arguments would have pages for columns, and every step would
+  begin with a copy of the cache as attention reads it.
+  """
+  on_tpu = device_mesh.devices.flat[0].platform == 'tpu'
+  return Format(Layout((0, 1, 2, 3)) if on_tpu else None, NamedSharding(device_mesh, SPEC))
 
 
 def empty(c: config.Model, layers: int, pages: int, *, fp8: bool = False) -> Cache:

@@ -131,6 +131,7 @@ def _programs(c: config.Model, device_mesh: jax.sharding.Mesh) -> _Programs:
   structure = jax.tree.structure(shapes)
   paths = [mesh.path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
   specs = _specs(shapes, device_mesh)
+  cache_format = latent_cache.format_on(device_mesh)
   by_row = P(mesh.TOKENS)
   rows = Rows(*[by_row] * 5, Samplings(*[by_row] * 5), P())
   cached = latent_cache.Cache(latent_cache.SPEC)
@@ -184,12 +185,14 @@ def _programs(c: config.Model, device_mesh: jax.sharding.Mesh) -> _Programs:
     static_argnums=0,
     donate_argnums=cache_at,
     # Whole on every device: the host reads them.
-    out_shardings=(everywhere, NamedSharding(device_mesh, latent_cache.SPEC)),
+    out_shardings=(everywhere, cache_format),
   )
   return _Programs(
     read=jax.jit(on_mesh(read, in_specs=(cached, P(), P()), out_specs=P())),
     write=jax.jit(
-      on_mesh(write, in_specs=(cached, P(), P(), P()), out_specs=cached), donate_argnums=0
+      on_mesh(write, in_specs=(cached, P(), P(), P()), out_specs=cached),
+      donate_argnums=0,
+      out_shardings=cache_format,
     ),
     routed=routed,
     move=jax.jit(move, out_shardings=NamedSharding(device_mesh, P(None, mesh.EXPERTS))),
@@ -200,7 +203,7 @@ def _programs(c: config.Model, device_mesh: jax.sharding.Mesh) -> _Programs:
     empty=jax.jit(
       lambda layers, pages, fp8: latent_cache.empty(c, layers, pages, fp8=fp8),
       static_argnums=(0, 1, 2),
-      out_shardings=NamedSharding(device_mesh, latent_cache.SPEC),
+      out_shardings=cache_format,
     ),
     step=result(step, 4),
     several=result(several, 6),
@@ -255,13 +258,11 @@ def trace(
   tokens, table = by_row(jnp.int32, L), by_row(jnp.int32, pages)
   rows = Rows(tokens, number, number, table, number, samplings, asks)
   shapes = _shapes(c)
-  shape = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(spec))
-  weights = list(map(shape, jax.tree.leaves(shapes), _specs(shapes, device_mesh)))
+  shape = lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at)
+  weights = list(map(shape, jax.tree.leaves(shapes), map(on, _specs(shapes, device_mesh))))
   layers = c.num_layers + bool(how.drafts)
   cache = jax.eval_shape(lambda: latent_cache.empty(c, layers, sequences * pages))
-  cache = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on(latent_cache.SPEC)), cache
-  )
+  cache = Cache(shape(cache.entries_YPMX, latent_cache.format_on(device_mesh)))
   whole = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=on(P()))
   experts = c.num_layers - c.num_dense_layers, c.moe.num_experts
   slots = Slots(whole(*experts, 1), whole(*experts))

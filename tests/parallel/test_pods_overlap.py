@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -223,22 +224,34 @@ def test_with_asynchrony_switched_off_none_is_hidden():
 # ---- generation ----------------------------------------------------------------------------------
 
 
-def _generation(target: str, prompt: bool, dual: bool, **options) -> list[hlo.Overlap]:
-  """Of a chunk of two prompts on each device, or of a token of 32 sequences; further rounds left out."""
+@functools.cache
+def _generation(target: str, prompt: bool, **options) -> tuple[str, jax.ShapeDtypeStruct]:
+  """Program and cache of a chunk of two prompts on each device, or of a token of 32 sequences, in two halves."""
   c = _layers(False)
-  device_mesh = pods.make_mesh(c.mesh, target)
-  how = How(prompt, 0, c.model.vocab_size, dual_batch=dual)
+  how = How(prompt, 0, c.model.vocab_size, dual_batch=True)
   sequences, length = (16, 128) if prompt else (256, 1)
-  traced, *_ = decode.trace(c.model, device_mesh, how, sequences, length, 1024)
-  return _scanned(pods.compile(traced.lower(), target, **options).as_text(), device_mesh)
+  device_mesh = pods.make_mesh(c.mesh, target)
+  traced, _, cache = decode.trace(c.model, device_mesh, how, sequences, length, 1024)
+  return pods.compile(traced.lower(), target, **options).as_text(), cache.entries_YPMX
 
 
 @_EACH
 @pytest.mark.parametrize('prompt', [True, False], ids=['prefill', 'decode'])
 def test_generation_in_two_halves_hides_four_fifths_of_its_permutes(target, options, prompt):
-  found = _generation(target, prompt, True, **options)
+  text, cache = _generation(target, prompt, **options)
+  found = _scanned(text, cache.sharding.mesh)
   assert len(found) == 2 * 8  # out and back of two halves
   assert _beside_a_matmul(found) >= 0.8
+
+
+@_EACH
+def test_a_step_of_decoding_reads_and_writes_its_cache_where_it_lies(target, options):
+  """On TPUs 576 values fill no tiles: left to itself an argument has pages for columns, and attention copies all of it."""
+  text, cache = _generation(target, False, **options)
+  here = ','.join(map(str, cache.sharding.shard_shape(cache.shape)))
+  lines = [line for line in text.splitlines() if f' = bf16[{here}]' in line]
+  assert any(' parameter(' in line for line in lines)
+  assert not [line for line in lines if re.search(r' (copy|copy-start|transpose)\(', line)]
 
 
 # ---- a forward and a backward of a pipeline, in one program --------------------------------------
