@@ -238,12 +238,18 @@ run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P('data'), out_specs=P('dat
 x, i = shape(jnp.bfloat16, 8 * 35328, 7168), shape(jnp.int32, 8 * 18432)
 lowered = run.lower(x, i, shape(jnp.bfloat16, 7168, 7168))
 assert 'sparsecore' not in pods.compile(lowered, 'tpu7x:2x2x1').as_text()
+
+layers = shape(jnp.bfloat16, 8 * 8, 7168, 2048)
+run = lambda x, ws: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w) @ w.T, None), x, ws)[0]
+run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P('data'), out_specs=P('data')))
+memory = pods.compile(run.lower(shape(jnp.bfloat16, 64, 7168), layers), 'tpu7x:2x2x1').memory_analysis()
+assert memory.temp_size_in_bytes < 7168 * 2048 * 2  # not one layer is copied, as all are where tiles differ
 """
 
 
 @needs_tpu
-def test_with_the_launchers_flags_tpu7x_gathers_v3_s_rows_without_sparse_core():
-  """Without them one libtpu aborts, and another compiles a program for each gather."""
+def test_with_the_launchers_flags_tpu7x_gathers_rows_without_sparse_core_and_copies_no_layers():
+  """Without them one libtpu aborts, and another compiles a program for each gather; and loops copy their stacks."""
   environment = os.environ | {'PLATFORM': 'tpu7x', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
   command = '. launch/environment.sh && exec "$@"', 'bash', sys.executable, '-c', _ROWS
   root = pathlib.Path(__file__).parents[1]
