@@ -195,7 +195,9 @@ def _page(c, name, device_mesh, target, options) -> Page:
   stats, text = compiled.memory_analysis(), compiled.as_text()
   found, over = hlo.collectives(text, sizes), hlo.overlaps(text)
   rows = traffic.table(moved, found, over, sizes, program.outermost)
+  known = sum(program.memory.values())
   memory = program.memory | {
+    'other arguments, padding': max(stats.argument_size_in_bytes - known, 0),
     'activations and temporaries': stats.temp_size_in_bytes,
     'program': stats.generated_code_size_in_bytes,
   }
