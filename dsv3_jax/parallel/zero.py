@@ -6,13 +6,14 @@ over `zero_axes`). What differs is when weights become whole:
 - ZeRO-3: layer by layer, inside the layer's remat region; the gather's transpose is the reduce-scatter. What
   is no layer, as with ZeRO-1.
 
-Gathers move the compute dtype, not FP32. Bytes received per device and gather of a weight of n elements
-split w ways: n (w-1)/w times the size of that dtype.
+Gathers move the compute dtype, and FP32 for the router alone. Bytes received per device and gather of a
+weight of n elements split w ways: n (w-1)/w times the size of that dtype.
 
-A layer's large weights may be gathered by recursive doubling (`mesh.zero_permutes`) instead of by all_gather:
-log2 w permutes, of as many bytes together. TPUs start and end permutes apart, but gathers and scatters only
-fused with compute, which libtpu accepts for v5e alone. The transpose halves, and adds in the gathered dtype: a
-gradient is rounded log2 w times on its way. Of small weights many permutes would come, and long compilations.
+Weights may be gathered by recursive doubling (`mesh.zero_permutes`) instead of by all_gather: log2 w permutes,
+of as many bytes together. TPUs start and end permutes apart, but gathers and scatters only fused with compute,
+which libtpu accepts for v5e alone; and its scatters pad each part to what their rings take at a time, up to an
+eighth more. The transpose halves, and adds in the gathered dtype: a gradient is rounded log2 w times on its way.
+Small weights whose parts have as many rows go side by side as one, which saves permutes, and time to compile.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,8 +28,9 @@ from dsv3_jax.mesh import AXES, Placement, path_names
 
 PERMUTES = 'zero_permutes'  # scope of those that gather and scatter, by which programs are read
 
-# Kept in FP32: the router decides near ties, the embedding's gradient adds up many rows.
-_NOT_CAST = ('router_DE', 'embed_VD')
+_NOT_CAST = 'router_DE'  # it decides near ties
+_EMBEDDING = 'embed_VD'  # sent as it is looked up, then FP32 again: its gradient adds up many rows
+_SMALL = 1 << 24  # elements of a whole weight, below which it goes with others
 
 Placements = dict[tuple[str, ...], Placement]
 
@@ -55,20 +57,38 @@ def gather(
   `stacked` leading dimensions of the stored weight are gone from `tree` already (a scan walks them).
   `permutes`: elements of a whole weight from which on it is gathered by permutes; 0 for never.
   """
-
-  def one(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-    names = prefix + path_names(path)
-    at = placements.get(names)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+  names = [prefix + path_names(path) for path, _ in leaves]
+  whole: list[jax.Array] = [x for _, x in leaves]
+  groups: dict[Any, list[int]] = {}  # weights that the same permutes send
+  for i, x in enumerate(whole):
+    at = placements.get(names[i])
     if at is None or at.zero_dim is None:
-      return x
-    x = cast(names[-1], x, dtype)
+      continue
+    whole[i] = x = cast(names[i][-1], x, dtype)
     # [.., n/w, ..] on each of zero_axes -> [.., n, ..], the same everywhere, typed as varying.
-    dim = at.zero_dim - stacked
-    if permutes and x.size * lax.axis_size(at.zero_axes) >= permutes:
-      return _double(x, at.zero_axes, dim)
-    return lax.all_gather(x, at.zero_axes, axis=dim, tiled=True)
+    dim, size = at.zero_dim - stacked, x.size * lax.axis_size(at.zero_axes)
+    if not permutes or size < permutes:
+      whole[i] = lax.all_gather(x, at.zero_axes, axis=dim, tiled=True)
+      continue
+    alike = size < _SMALL and dim < x.ndim - 1
+    groups.setdefault((at.zero_axes, dim, (x.dtype, x.shape[:-1]) if alike else i), []).append(i)
+  for (axes, dim, _), members in groups.items():
+    doubled = _double_side_by_side([whole[i] for i in members], axes, dim)
+    for i, x in zip(members, doubled, strict=True):
+      whole[i] = x
+  for i, (_, stored) in enumerate(leaves):
+    if names[i][-1] == _EMBEDDING:
+      whole[i] = whole[i].astype(stored.dtype)
+  return jax.tree.unflatten(structure, whole)
 
-  return jax.tree_util.tree_map_with_path(one, tree)
+
+def _double_side_by_side(parts: list[jax.Array], axes: Sequence[str], dim: int) -> list[jax.Array]:
+  """`_double` of parts that differ in their columns alone."""
+  if len(parts) == 1:
+    return [_double(parts[0], axes, dim)]
+  whole = _double(jnp.concatenate(parts, axis=-1), axes, dim)
+  return lax.split(whole, [x.shape[-1] for x in parts], axis=-1)
 
 
 @jax.named_scope(PERMUTES)
@@ -76,18 +96,30 @@ def _double(x: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
   """`lax.all_gather(x, axes, axis=dim, tiled=True)` over axes whose sizes are powers of two.
 
   The farthest device comes first, with the least to send; every step sends what all before it have brought.
+  What comes is put in order once, at the end: a step of its own for each would move all rows log2 w times, and
+  takes TPU's compiler minutes where parts fill no tiles. Of a matrix such parts go as whole tiles.
   """
-  part = x.shape[dim]
+  if x.ndim == 2 and dim == 0 and x.shape[0] % 8 and x.size % 1024 == 0:
+    return _double(x.reshape(-1, 8, 128), axes, 0).reshape(-1, x.shape[1])
+  ndim, steps = x.ndim, 0
   for axis in axes:
     size = lax.axis_size(axis)
     for distance in (size >> bit for bit in range(1, size.bit_length())):
       other = lax.ppermute(x, axis, [(i, i ^ distance) for i in range(size)])
       lower = lax.axis_index(axis) & distance == 0
-      pair = jnp.where(lower, x, other), jnp.where(lower, other, x)
-      # [.., parts so far x part, ..] twice -> each part beside the one that came for it.
-      cut = [y.reshape(*y.shape[:dim], -1, part, *y.shape[dim + 1 :]) for y in pair]
-      x = jnp.stack(cut, axis=dim + 1).reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
-  return x
+      x = jnp.stack([jnp.where(lower, x, other), jnp.where(lower, other, x)])
+      steps += 1
+  # [2 of the last step, .., 2 of the first, .., part, ..] -> [.., first, .., last, part, ..] -> [.., n, ..]
+  *order, rest = *reversed(range(steps)), range(steps, steps + ndim)
+  whole = x.transpose(*rest[:dim], *order, *rest[dim:])
+  return whole.reshape(*x.shape[steps : steps + dim], -1, *x.shape[steps + dim + 1 :])
+
+
+def _halve(g: jax.Array, axes: Sequence[str], dim: int) -> jax.Array:
+  """`lax.psum_scatter(g, axes, scatter_dimension=dim, tiled=True)`: the transpose of `_double`."""
+  part = lax.slice_in_dim(g, 0, g.shape[dim] // lax.axis_size(axes), axis=dim)
+  (summed,) = jax.linear_transpose(lambda x: _double(x, axes, dim), part)(g)
+  return summed
 
 
 def by_layer(
@@ -101,14 +133,16 @@ def by_layer(
 
 def cast(name: str, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """A weight in the dtype it is gathered in."""
-  return x if name in _NOT_CAST else x.astype(dtype)
+  return x if name == _NOT_CAST else x.astype(dtype)
 
 
-def reduce(grads: Any, placements: Placements, *, scattered: Sequence[str] = ()) -> Any:
+def reduce(
+  grads: Any, placements: Placements, *, scattered: Sequence[str] = (), permutes: int = 0
+) -> Any:
   """Sums gradients over the copies of each weight, leaving each device its own part of a split one.
 
   `scattered`: parts of the tree whose split weights' gradients were summed and scattered over `zero_axes`
-  already (ZeRO-3).
+  already (ZeRO-3). `permutes`: elements of a weight from which on its gradient is scattered by permutes.
   """
 
   def one(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
@@ -116,7 +150,10 @@ def reduce(grads: Any, placements: Placements, *, scattered: Sequence[str] = ())
     at = placements[names]
     over = at.copies + (('pipe',) if 'pipe' in compat.varying_axes(g) else ())
     if at.zero_dim is not None and names[0] not in scattered:
-      g = lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
+      if permutes and g.size >= permutes:
+        g = _halve(g, at.zero_axes, at.zero_dim)
+      else:
+        g = lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
     # Of the part alone: an embedding split over 256 of 2,048 devices is summed over the others in 1/256.
     return lax.psum(g, tuple(a for a in over if a not in at.zero_axes))
 

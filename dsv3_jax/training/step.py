@@ -133,7 +133,8 @@ def _gradients(
   if c.mesh.pipe > 1:
     return pipelined.gradients(c, at, state, tokens_AbX, count, mtp_weight)
 
-  unshard = zero.by_layer(placements, dtype, c.mesh.zero_permutes) if by_layer else whole
+  permutes = c.mesh.zero_permutes
+  unshard = zero.by_layer(placements, dtype, permutes) if by_layer else whole
 
   def loss_fn(params: Any, tokens_bX: jax.Array) -> tuple[jax.Array, Terms]:
     model = at.module(params, state['router_bias'])
@@ -143,7 +144,8 @@ def _gradients(
   # Embedding and head once a step, not once a micro-batch: their gradients add up whole, in FP32, and are
   # scattered once. XLA makes the same of sums in the loop on TPU, where it moves them behind it.
   once = {k: v for k, v in state['params'].items() if not (by_layer and k in STACKS)}
-  params = vary(state['params'] | zero.gather(once, placements, dtype), TOKENS)
+  gathered = zero.gather(once, placements, dtype, permutes=permutes)
+  params = vary(state['params'] | gathered, TOKENS)
   # ---- micro-batches -----------------------------------------------------------------------------
   micro = jax.value_and_grad(loss_fn, has_aux=True)
   fp32 = lambda tree: jax.tree.map(lambda g: g.astype(jnp.float32), tree)
@@ -163,7 +165,8 @@ def _gradients(
     loss, terms, grads = lax.fori_loop(0, count if ramps else A, add, zeros)
   # ---- sums over devices -------------------------------------------------------------------------
   loss, terms = lax.psum((loss, terms), TOKENS)
-  return loss, terms, zero.reduce(grads, placements, scattered=STACKS if by_layer else ())
+  scattered = STACKS if by_layer else ()
+  return loss, terms, zero.reduce(grads, placements, scattered=scattered, permutes=permutes)
 
 
 def _tokens(c: config.Config, state: State) -> jax.Array:

@@ -1,6 +1,7 @@
 """Gathers by permutes against the backend's own, forward and backward; what they send, compiled."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from dsv3_jax.parallel import zero
 
 
 @pytest.mark.parametrize('sizes', [(4, 2, 2), (2, 1, 4), (1, 8, 1), (16, 1, 1)], ids=str)
-@pytest.mark.parametrize('dim', [0, 1])
-def test_permutes_gather_and_scatter_what_collectives_do(sizes, dim):
+@pytest.mark.parametrize(('dim', 'part', 'other'), [(0, 3, 5), (1, 3, 5), (0, 4, 512)], ids=str)
+def test_permutes_gather_and_scatter_what_collectives_do(sizes, dim, part, other):
+  """Along rows, columns, and rows that are less than a tile but fill some together."""
   device_mesh = mesh.make_mesh(config.Mesh(1, *sizes))
   ways = int(np.prod(sizes))
   rng = np.random.default_rng(0)
-  shape = (3 * ways, 5) if dim == 0 else (5, 3 * ways)
+  shape = (part * ways, other) if dim == 0 else (other, part * ways)
   x = rng.integers(-50, 50, shape).astype(np.float32)
   dy = rng.integers(-50, 50, (ways, *shape)).astype(np.float32)  # sums are exact
   spec = P(*(TOKENS if d == dim else None for d in range(2)))
@@ -62,14 +64,98 @@ def test_a_step_by_permutes_sends_the_bytes_of_its_gathers_and_scatters():
     shape = dict(device_mesh.shape)
     moved[permutes] = lowering.read(program, shape).moved
   sent = lambda permutes, kinds: sum(m.sent for m in moved[permutes] if m.kind in kinds)
-  rest = sent(1, ('gather', 'scatter'))  # once a step: embedding and head
-  whole = sent(0, ('gather', 'scatter'))
-  assert 0 < rest < whole / 2
-  assert sent(1, ('zero',)) == pytest.approx(whole - rest)
+  assert sent(1, ('zero',)) == pytest.approx(sent(0, ('gather', 'scatter')))
+  assert sent(1, ('gather', 'scatter')) == 0
   found = hlo.collectives(program.traced.lower().compile().as_text(), shape)
   zeros = [traffic.compiled(each, shape, program.outermost) for each in found]
   compiled = sum(m.payload for m in zeros if m.kind == 'zero')
   assert compiled == pytest.approx(sent(1, ('zero',)))
+
+
+def _side_by_side(permutes: int):
+  """Weights as a layer has them -> what arrives, its gradients, and the compiled program."""
+  device_mesh = mesh.make_mesh(config.Mesh(data=4, node=2))
+  axes = 'data', 'node'
+  rng = np.random.default_rng(0)
+  shapes = {
+    'a_DX': (16, 6),
+    'b_DX': (16, 6),
+    'c_DX': (16, 5),
+    'd_DXX': (16, 3, 4),
+    'e_XD': (4, 16),
+    'f_XD': (24, 2),
+  }
+  columns = 'e_XD'
+  of = {n: mesh.Placement(len(s), None, int(n == columns), axes) for n, s in shapes.items()}
+  of = {(n,): at for n, at in of.items()}
+  draw = lambda *shape: rng.integers(-50, 50, shape).astype(np.float32)  # sums are exact
+  tree = {n: draw(*s) for n, s in shapes.items()}
+  dy = {n: draw(8, *s) for n, s in shapes.items()}
+  split = {n: P(None, axes) if n == columns else P(axes) for n in shapes}
+
+  def on_device(tree, dy):
+    y, back = jax.vjp(lambda t: zero.gather(t, of, jnp.float32, permutes=permutes), tree)
+    return jax.tree.map(lambda x: x[None], y), back(jax.tree.map(lambda x: x[0], dy))[0]
+
+  every = {n: P(axes) for n in shapes}
+  mapped = jax.shard_map(
+    on_device, mesh=device_mesh, in_specs=(split, every), out_specs=(every, split)
+  )
+  program = jax.jit(mapped).lower(tree, dy).compile()
+  return tree, dy, program(tree, dy), program.as_text()
+
+
+def test_small_weights_whose_parts_have_as_many_rows_go_side_by_side():
+  tree, dy, (y, dx), text = _side_by_side(1)
+  for name, x in tree.items():
+    np.testing.assert_array_equal(y[name], np.broadcast_to(x, y[name].shape), err_msg=name)
+    np.testing.assert_array_equal(dx[name], dy[name].sum(0), err_msg=name)
+  found = hlo.collectives(text, {'pipe': 1, 'data': 4, 'node': 2, 'local': 1})
+  assert {each.kind for each in found} == {'collective-permute'}
+  # a, b and c; d, of other rows; e, along its columns; f, of other rows: log2 8 permutes there, and back.
+  assert len(found) == 4 * 3 * 2
+
+
+def test_what_is_below_the_threshold_stays_with_collectives():
+  found = hlo.collectives(_side_by_side(72)[-1], {'pipe': 1, 'data': 4, 'node': 2, 'local': 1})
+  kinds = [each.kind for each in found]
+  assert kinds.count('collective-permute') == 2 * 3 * 2  # a with b and c; d
+  assert kinds.count('all-gather') == 2  # e, f
+
+
+def test_an_embedding_is_sent_in_the_compute_dtype_and_handed_on_in_float32():
+  device_mesh = mesh.make_mesh(config.Mesh(data=8))
+  x = np.random.default_rng(0).standard_normal((16, 128)).astype(np.float32)
+  placements = {('embed_VD',): mesh.Placement(2, None, 0, TOKENS)}
+  run = lambda x: zero.gather({'embed_VD': x}, placements, jnp.bfloat16)['embed_VD']
+  mapped = jax.shard_map(run, mesh=device_mesh, in_specs=P(TOKENS), out_specs=P(), check_vma=False)
+  whole = jax.jit(mapped)(x)
+  assert whole.dtype == jnp.float32
+  np.testing.assert_array_equal(whole, x.astype(jnp.bfloat16))
+  (sent,) = re.findall(r'all_gather.* -> tensor<(.*)>', jax.jit(mapped).lower(x).as_text())
+  assert sent == '16x128xbf16'
+
+
+@pytest.mark.parametrize('dim', [0, 1])
+def test_gradients_of_what_is_gathered_once_a_step_are_scattered_by_permutes_too(dim):
+  device_mesh = mesh.make_mesh(config.Mesh(data=2, node=2, local=4))
+  dy = np.random.default_rng(0).integers(-50, 50, (16, 12, 8)).astype(np.float32)  # sums are exact
+  axes = 'data', 'node'
+  placements = {('w_AB',): mesh.Placement(2, None, dim, axes)}
+  run = lambda dy: zero.reduce({'w_AB': dy[0]}, placements, permutes=1)['w_AB']
+  out = P(*(axes if d == dim else None for d in range(2)))
+  mapped = jax.shard_map(run, mesh=device_mesh, in_specs=P(TOKENS), out_specs=out)
+  program = jax.jit(mapped).lower(dy).compile()
+  np.testing.assert_array_equal(program(dy), dy.sum(0))
+  found = hlo.collectives(program.as_text(), dict(device_mesh.shape))
+  whole = dy[0].nbytes
+  # The node's half first, of the data axis then half of that; what is left is summed over local.
+  sizes = sorted((each.kind, each.axes, each.operand_bytes) for each in found)
+  assert sizes == [
+    ('all-reduce', ('local',), whole // 4),
+    ('collective-permute', ('data',), whole // 4),
+    ('collective-permute', ('node',), whole // 2),
+  ]
 
 
 def test_a_gather_by_permutes_sums_in_a_tree():
