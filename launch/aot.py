@@ -24,6 +24,7 @@ import dataclasses
 import json
 import pathlib
 import time
+from typing import Any
 
 import jax
 from absl import flags as absl_flags
@@ -198,7 +199,7 @@ def _page(c, name, device_mesh, target, options) -> Page:
   known = sum(program.memory.values())
   memory = program.memory | {
     'other arguments, padding': max(stats.argument_size_in_bytes - known, 0),
-    'activations and temporaries': stats.temp_size_in_bytes,
+    'activations and temporaries': _temporaries(stats, pods.parse(target)),
     'program': stats.generated_code_size_in_bytes,
   }
   # Results that do not take the place of an argument.
@@ -224,6 +225,19 @@ def _page(c, name, device_mesh, target, options) -> Page:
     peak=machine.peak,
     devices=devices,
   )
+
+
+def _temporaries(stats: Any, pod: pods.Target) -> int:
+  """Bytes that a program allocates for itself; on TPUs, no more than so many.
+
+  libtpu's `temp_size_in_bytes` counts what lies idle between buffers at the peak twice: inside the allocation,
+  and once more. With u bytes in use there it is 2 allocated - u, and `peak_memory_in_bytes` is u or more. Of
+  V3's train step on tpu7x, libtpu's log has 49.1 GB, this says 63.8, and temp_size_in_bytes 80.2.
+  """
+  if not pod.is_tpu:
+    return stats.temp_size_in_bytes
+  used = stats.peak_memory_in_bytes - stats.argument_size_in_bytes
+  return (stats.temp_size_in_bytes + used) // 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ of as many bytes together. TPUs start and end permutes apart, but gathers and sc
 which libtpu accepts for v5e alone; and its scatters pad each part to what their rings take at a time, up to an
 eighth more. The transpose halves, and adds in the gathered dtype: a gradient is rounded log2 w times on its way.
 Small weights whose parts have as many rows go side by side as one, which saves permutes, and time to compile.
+Weights split along their columns stay with collectives.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,11 +69,11 @@ def gather(
     whole[i] = x = cast(names[i][-1], x, dtype)
     # [.., n/w, ..] on each of zero_axes -> [.., n, ..], the same everywhere, typed as varying.
     dim, size = at.zero_dim - stacked, x.size * lax.axis_size(at.zero_axes)
-    if not permutes or size < permutes:
+    if not _by_permutes(x, dim, size, permutes):
       whole[i] = lax.all_gather(x, at.zero_axes, axis=dim, tiled=True)
       continue
-    alike = size < _SMALL and dim < x.ndim - 1
-    groups.setdefault((at.zero_axes, dim, (x.dtype, x.shape[:-1]) if alike else i), []).append(i)
+    alike = (x.dtype, x.shape[:-1]) if size < _SMALL else i
+    groups.setdefault((at.zero_axes, dim, alike), []).append(i)
   for (axes, dim, _), members in groups.items():
     doubled = _double_side_by_side([whole[i] for i in members], axes, dim)
     for i, x in zip(members, doubled, strict=True):
@@ -81,6 +82,11 @@ def gather(
     if names[i][-1] == _EMBEDDING:
       whole[i] = whole[i].astype(stored.dtype)
   return jax.tree.unflatten(structure, whole)
+
+
+def _by_permutes(x: jax.Array, dim: int, size: int, permutes: int) -> bool:
+  """Whether a weight of `size` elements goes so. Not along columns: parts of V3's head are 505, no whole tiles."""
+  return 0 < permutes <= size and dim < x.ndim - 1
 
 
 def _double_side_by_side(parts: list[jax.Array], axes: Sequence[str], dim: int) -> list[jax.Array]:
@@ -150,7 +156,7 @@ def reduce(
     at = placements[names]
     over = at.copies + (('pipe',) if 'pipe' in compat.varying_axes(g) else ())
     if at.zero_dim is not None and names[0] not in scattered:
-      if permutes and g.size >= permutes:
+      if _by_permutes(g, at.zero_dim, g.size, permutes):
         g = _halve(g, at.zero_axes, at.zero_dim)
       else:
         g = lax.psum_scatter(g, at.zero_axes, scatter_dimension=at.zero_dim, tiled=True)
