@@ -130,11 +130,11 @@ def test_an_embedding_is_sent_in_the_compute_dtype_and_handed_on_in_float32():
   device_mesh = mesh.make_mesh(config.Mesh(data=8))
   x = np.random.default_rng(0).standard_normal((16, 128)).astype(np.float32)
   placements = {('embed_VD',): mesh.Placement(2, None, 0, TOKENS)}
-  run = lambda x: zero.gather({'embed_VD': x}, placements, jnp.bfloat16)['embed_VD']
-  mapped = jax.shard_map(run, mesh=device_mesh, in_specs=P(TOKENS), out_specs=P(), check_vma=False)
+  run = lambda x: zero.gather({'embed_VD': x}, placements, jnp.bfloat16)['embed_VD'][None]
+  mapped = jax.shard_map(run, mesh=device_mesh, in_specs=P(TOKENS), out_specs=P(TOKENS))
   whole = jax.jit(mapped)(x)
   assert whole.dtype == jnp.float32
-  np.testing.assert_array_equal(whole, x.astype(jnp.bfloat16))
+  np.testing.assert_array_equal(whole, np.broadcast_to(x.astype(jnp.bfloat16), (8, 16, 128)))
   (sent,) = re.findall(r'all_gather.* -> tensor<(.*)>', jax.jit(mapped).lower(x).as_text())
   assert sent == '16x128xbf16'
 
