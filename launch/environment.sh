@@ -40,8 +40,8 @@ case "${PLATFORM:?gpu, tpu or tpu7x}" in
     for part in scatter gather sort reduce copy reshape; do
       sparse="$sparse --xla_tpu_enable_offloading_${part}_to_sparsecore=false"
     done
-    # Loops keep BF16 in tiles of 16 x 128, arguments of a program in 8 x 128: every step of decoding copied all
-    # weights first, 46 GB of V3's. Tiles of 8 x 128 everywhere.
+    # Loops keep BF16 in tiles of 16 x 128, arguments of a program in 8 x 128: every step of decoding copied its
+    # weights first, 46 GB of temporaries for V3. Tiles of 8 x 128 everywhere.
     tiles=--xla_tpu_control_large_2nd_minor_layout_for_x16=false
     export LIBTPU_INIT_ARGS="$sparse $tiles ${LIBTPU_INIT_ARGS:-}"
     ;;
