@@ -97,10 +97,16 @@ def _generation(
 
 
 def _bytes(tree: Any) -> int:
-  """Of one device."""
-  return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-  )
+  """Of one device; in tiles of 8 x 128 where a layout is given, which TPUs' caches have."""
+  return sum(math.prod(_stored(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _stored(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+  shape = x.sharding.shard_shape(x.shape)
+  if x.format.layout is None:
+    return shape
+  *outer, rows, columns = shape
+  return *outer, -(-rows // 8) * 8, -(-columns // 128) * 128
 
 
 # ---- what is written -----------------------------------------------------------------------------

@@ -196,9 +196,7 @@ def _page(c, name, device_mesh, target, options) -> Page:
   stats, text = compiled.memory_analysis(), compiled.as_text()
   found, over = hlo.collectives(text, sizes), hlo.overlaps(text)
   rows = traffic.table(moved, found, over, sizes, program.outermost)
-  known = sum(program.memory.values())
   memory = program.memory | {
-    'other arguments, padding': max(stats.argument_size_in_bytes - known, 0),
     'activations and temporaries': _temporaries(stats, pods.parse(target)),
     'program': stats.generated_code_size_in_bytes,
   }
@@ -231,8 +229,9 @@ def _temporaries(stats: Any, pod: pods.Target) -> int:
   """Bytes that a program allocates for itself; on TPUs, no more than so many.
 
   libtpu's `temp_size_in_bytes` counts what lies idle between buffers at the peak twice: inside the allocation,
-  and once more. With u bytes in use there it is 2 allocated - u, and `peak_memory_in_bytes` is u or more. Of
-  V3's train step on tpu7x, libtpu's log has 49.1 GB, this says 63.8, and temp_size_in_bytes 80.2.
+  and once more. With u bytes in use there it is 2 allocated - u; `peak_memory_in_bytes` was above u in both
+  programs whose logs were read. Of V3's train step on tpu7x, libtpu's log has 49.1 GB, this says 63.8, and
+  temp_size_in_bytes 80.2.
   """
   if not pod.is_tpu:
     return stats.temp_size_in_bytes
